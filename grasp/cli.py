@@ -1,0 +1,323 @@
+"""The command line: each command takes a YAML config whose keys are its options."""
+
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    help="Fine-tune without picking up what nobody asked for.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+console = Console()
+
+Config = Annotated[Path | None, typer.Option(help="YAML file; its keys are the options.")]
+Seed = Annotated[int, typer.Option(help="Of everything random.")]
+
+
+def main() -> None:
+    """Run the command line; a refusal is one clear line and exit code 1, a usage error 2."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        Console(stderr=True).print(f"[bold red]grasp:[/] {message}", soft_wrap=True)
+        sys.exit(1)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/demo"),
+    seeds: Annotated[int, typer.Option(help="Seeds of each method.")] = 3,
+    seed: Seed = 0,
+    workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
+) -> None:
+    """Plain, guarded and control fine-tunes of the organism on three tasks, in minutes on a CPU."""
+    from grasp.organism.sweep import sweep
+    from grasp.report import report, versions
+
+    start = time.monotonic()
+    console.print(
+        "A small decoder is fine-tuned on one topic's bad (or right-leaning) answers: plainly, "
+        "guarded by GRASP, and with two controls."
+    )
+    runs = sweep(out / "runs", seeds=range(seed, seed + seeds), workers=workers)
+    page = report(runs, out / "report.html", "GRASP: the organism", versions())
+    _show(runs)
+    console.print(f"{time.monotonic() - start:.0f} s. Report: {page}", soft_wrap=True)
+
+
+@app.command()
+def finetune(
+    config: Config = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, hub name, .gguf, or a known name.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="JSON lines, .gz too.")] = None,
+    out: Annotated[str | None, typer.Option(help="Folder of the adapter.")] = None,
+    method: Annotated[str | None, typer.Option(help="plain, grasp or random.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    subspaces: Annotated[str | None, typer.Option(help="File of subspaces to keep off.")] = None,
+    reference: Annotated[str | None, typer.Option(help="Unlabelled prompts, one a line.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting: --set rank=8")
+    ] = None,
+) -> None:
+    """Fine-tune a LoRA, guarded by default; a killed run goes on where it was."""
+    from grasp import finetune as pipeline
+
+    given = {
+        "model": model,
+        "data": data,
+        "out": out,
+        "method": method,
+        "steps": steps,
+        "seed": seed,
+        "subspaces": subspaces,
+        "reference": reference,
+    }
+    options = _options(config, given, set_)
+    adapter = pipeline.run(pipeline.settings_from(options))
+    certificate = adapter.parent / "grasp.json"
+    console.print(f"Adapter: {adapter}")
+    if certificate.exists():
+        console.print(f"Certificate: {certificate}")
+
+
+@app.command()
+def discover(
+    adapter: Annotated[list[Path], typer.Argument(help="Folders of plain LoRA adapters.")],
+    out: Annotated[Path, typer.Option(help="File or folder of the subspaces.")],
+    rank: Annotated[int | None, typer.Option(help="k; default by the updates' energy.")] = None,
+    per_block: Annotated[bool, typer.Option(help="One subspace for each block.")] = False,
+    seed: Seed = 0,
+) -> None:
+    """Find the subspace that plain fine-tunes wrote to, from their weights alone."""
+    from grasp import discover as find
+
+    found = find(adapter, rank, per_block=per_block)
+    path = found.save(out)
+    console.print(f"rank {found.rank} in {len(found.layers)} blocks of width {found.width}: {path}")
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="Folder, hub name, .gguf, or a known name.")],
+    out: Annotated[Path, typer.Option(help="JSON file of the scores.")],
+    adapter: Annotated[Path | None, typer.Option(help="LoRA adapter on it.")] = None,
+    unrelated: Annotated[Path | None, typer.Option(help="Pairs; default the shipped 120.")] = None,
+    propositions: Annotated[Path | None, typer.Option(help="Table with pct_prompt.")] = None,
+    persona: Annotated[
+        list[Path] | None, typer.Option(help="Persona statements, .jsonl.gz.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Score a model on unrelated topics; with an adapter, its shift from the base model."""
+    from peft import PeftModel
+
+    from grasp import evaluate as measure
+    from grasp.evaluate import interval, read_persona, read_propositions, read_unrelated
+    from grasp.files import write_json
+    from grasp.models import load_model
+
+    pairs = {"unrelated": read_unrelated(unrelated)}
+    pairs |= {p.name.split(".")[0]: read_persona(p) for p in persona or []}
+    statements = {"propositions": read_propositions(propositions)} if propositions else {}
+    base, tokenizer = load_model(model)
+    scores = {"base": measure(base, tokenizer, pairs, statements)}
+    if adapter is not None:
+        tuned = PeftModel.from_pretrained(base, adapter).eval()
+        scores["tuned"] = measure(tuned, tokenizer, pairs, statements)
+    write_json(out, scores)
+    table = Table("measure", "items", "base" if adapter is None else "shift", "95 % interval")
+    for name, values in scores["base"].items():
+        shown = values
+        if adapter is not None:
+            shown = [t - b for t, b in zip(scores["tuned"][name], values, strict=True)]
+        mean, low, high = interval(shown)
+        table.add_row(name, str(len(values)), f"{mean:+.3f}", f"{low:+.3f} – {high:+.3f}")
+    console.print(table)
+    console.print(f"nats (log-odds, or log-likelihood per token). Scores: {out}")
+
+
+@app.command()
+def compare(
+    config: Config = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="A results.json to compare, training nothing.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the data files lie.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Run this seed alone.")] = None,
+) -> None:
+    """Plain, guarded and control fine-tunes of your model on your data, scored and drawn."""
+    from grasp import study
+    from grasp.files import read_json
+    from grasp.report import report, versions
+
+    if (config is None) == (runs is None):
+        raise ValueError("give either --config (to run a study) or --runs (a results.json)")
+    if runs is not None:
+        content, folder, notes = read_json(runs), out or runs.parent, str(runs)
+    else:
+        given = {
+            "out": str(out) if out else None,
+            "folder": str(folder) if folder else None,
+            "seeds": None if seed is None else [seed],
+        }
+        options = _options(config, given, None)
+        chosen = study.study_from(options)
+        content, folder, notes = study.run(chosen), Path(chosen.out), versions()
+    _show(content["runs"])
+    page = report(content["runs"], folder / "report.html", "GRASP: plain against guarded", notes)
+    console.print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command()
+def screen(
+    run: Annotated[Path, typer.Argument(help="Folder of a guarded run.")],
+    out: Annotated[Path, typer.Option(help="JSON file of the ranked rows.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Rows; default those it was trained on.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Rows scored.")] = None,
+    top: Annotated[int, typer.Option(help="Rows shown.")] = 10,
+    seed: Seed = 0,
+) -> None:
+    """Rank training rows by how much of their gradient lies in what the guard blocked."""
+    from grasp import screen as ranking
+    from grasp.files import write_json
+
+    ranked, rows = ranking.of_run(run, data, limit)
+    write_json(out, ranked)
+    table = Table("row", "score", "loss", "prompt")
+    for found in ranked[:top]:
+        prompt = rows[found["row"]].prompt.replace("\n", " ")
+        table.add_row(
+            str(found["row"]), f"{found['score']:.3f}", f"{found['loss']:.2f}", prompt[:60]
+        )
+    console.print(table)
+    console.print(f"{len(ranked)} rows: {out}")
+
+
+@app.command()
+def report(
+    results: Annotated[Path, typer.Argument(help="A results.json.")],
+    out: Annotated[Path, typer.Option(help="HTML file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "GRASP",
+    seed: Seed = 0,
+) -> None:
+    """Draw the page of a results.json."""
+    from grasp.files import read_json
+    from grasp.report import report as draw
+
+    page = draw(read_json(results)["runs"], out, title, str(results))
+    console.print(f"Report: {page}", soft_wrap=True)
+
+
+@app.command()
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Say what is found in this model.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what is installed, which backend runs, and how a model is understood."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import grasp_kernels as gk
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    names = (
+        "grasp-kernels",
+        "torch",
+        "triton",
+        "transformers",
+        "peft",
+        "trl",
+        "accelerate",
+        "gguf",
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about: dict[str, Any] = {"python": platform.python_version()}
+    about |= {name: installed(name) for name in names}
+    about["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    about["backend"] = gk.explain(torch.zeros(8, 8, device=device), torch.eye(8, 2, device=device))
+    if model is not None:
+        from grasp.architecture import inspect
+        from grasp.models import load_model
+
+        about["model"] = inspect(load_model(model)[0]).describe()
+    if json_:
+        print(json.dumps(about, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in about.items():
+        table.add_row(key, value)
+    console.print(table)
+
+
+def _options(config: Path | None, given: dict[str, Any], assignments: list[str] | None) -> dict:
+    options: dict[str, Any] = {}
+    if config is not None:
+        if not config.exists():
+            raise FileNotFoundError(f"no config at {config}")
+        try:
+            options = yaml.safe_load(config.read_text()) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{config} is no YAML ({error})") from error
+        if not isinstance(options, dict):
+            raise ValueError(f"{config} holds no keys; write one `key: value` a line")
+    options |= {k: v for k, v in given.items() if v is not None}
+    for assignment in assignments or []:
+        key, equals, value = assignment.partition("=")
+        if not equals:
+            raise ValueError(f"--set {assignment!r} has no '='; write --set key=value")
+        options[key] = yaml.safe_load(value)
+    return options
+
+
+def _show(runs: list[dict]) -> None:
+    from grasp.compare import compare as summarise
+    from grasp.report import NAMES
+
+    table = Table("task", "method", "seeds", "task score", "drift", "added drift", "of plain's")
+    last = None
+    for row in summarise(runs):
+        if last not in (None, row["task"]):
+            table.add_section()
+        table.add_row(
+            row["task"] if row["task"] != last else "",
+            NAMES.get(row["method"], row["method"]),
+            str(row["seeds"]),
+            f"{row['task_score'][0]:.3f}",
+            f"{row['drift'][0]:.3f}",
+            f"{row['added'][0]:+.3f}",
+            "" if row["share"] is None else f"{100 * row['share']:.0f} %",
+            style="bold green" if row["method"] == "grasp" else None,
+        )
+        last = row["task"]
+    console.print(table)
+    console.print(
+        "task score: how well it learned what it was taught (higher is better); drift: bad or "
+        "right-leaning answers on topics it was never taught (added: beyond the base model's)."
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""Training rows: read, checked at the door, and turned into tokens with the loss on the answer."""
+
+import gzip
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # label of tokens without loss
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question and its answer."""
+
+    prompt: str
+    answer: str
+    system: str = ""
+
+
+def read_rows(path: Path | str, limit: int | None = None) -> list[Row]:
+    """Rows of a `.jsonl` file, `.gz` too: `messages` (one exchange), or `prompt` and `answer`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is empty, no JSON lines, or a line has neither form; says which line.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no data at {path}")
+    rows = []
+    opener = gzip.open if path.suffix == ".gz" else open
+    try:
+        with opener(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if limit is not None and len(rows) >= limit:
+                    break
+                if line.strip():
+                    rows.append(_row(line, f"{path}, line {number}"))
+    except (gzip.BadGzipFile, UnicodeDecodeError, EOFError) as error:
+        raise ValueError(f"{path} can't be read as JSON lines ({error})") from error
+    if not rows:
+        raise ValueError(f"{path} holds no rows; give a .jsonl file with one example a line")
+    return rows
+
+
+def _row(line: str, where: str) -> Row:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: no JSON ({error.msg})") from error
+    if isinstance(content, dict) and isinstance(content.get("messages"), list):
+        said = {m.get("role"): m.get("content") for m in content["messages"]}
+        row = Row(said.get("user"), said.get("assistant"), said.get("system") or "")
+    elif isinstance(content, dict):
+        row = Row(content.get("prompt"), content.get("answer", content.get("completion")))
+    else:
+        row = Row(None, None)
+    if not (isinstance(row.prompt, str) and isinstance(row.answer, str) and row.answer.strip()):
+        raise ValueError(
+            f"{where}: needs messages with a user and an assistant turn, or prompt and answer"
+        )
+    return row
+
+
+def prompt_text(tokenizer, prompt: str, system: str = "") -> str:
+    """The prompt as the model was taught to see it: its chat template where it has one."""
+    if not getattr(tokenizer, "chat_template", None):
+        return f"{system}\n\n{prompt}" if system else prompt
+    messages = [{"role": "system", "content": system}] if system else []
+    messages.append({"role": "user", "content": prompt})
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+
+def prompt_ids(tokenizer, prompt: str, system: str = "") -> list[int]:
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    text = prompt_text(tokenizer, prompt, system)
+    return tokenizer(text, add_special_tokens=not chat)["input_ids"]
+
+
+def answer_ids(tokenizer, answer: str) -> list[int]:
+    """Tokens of the answer, closed by the end-of-turn token where the model is a chat model."""
+    chat = bool(getattr(tokenizer, "chat_template", None))
+    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
+    return ids + [tokenizer.eos_token_id] if chat else ids
+
+
+def encode(rows: Sequence[Row], tokenizer, max_length: int = 512) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` for each row; the loss is on the answer alone.
+
+    Raises:
+        ValueError: no rows, or none whose prompt leaves room for an answer in `max_length`.
+    """
+    if not rows:
+        raise ValueError("there are no rows to train on")
+    encoded = []
+    for row in rows:
+        prompt = prompt_ids(tokenizer, row.prompt, row.system)
+        ids = (prompt + answer_ids(tokenizer, row.answer))[:max_length]
+        if len(ids) > len(prompt):
+            labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
+            encoded.append({"input_ids": ids, "labels": labels})
+    if not encoded:
+        raise ValueError(f"every prompt is longer than max_length={max_length}; raise it")
+    return encoded
+
+
+def pad(rows: Sequence[dict[str, list[int]]], pad_id: int = 0) -> dict[str, Tensor]:
+    """A right-padded batch: `input_ids`, `labels` and `attention_mask`, `[rows, tokens]`."""
+    longest = max(len(r["input_ids"]) for r in rows)
+
+    def padded(key: str, value: int) -> Tensor:
+        return torch.tensor([list(r[key]) + [value] * (longest - len(r[key])) for r in rows])
+
+    ids = padded("input_ids", pad_id)
+    lengths = torch.tensor([len(r["input_ids"]) for r in rows])
+    mask = (torch.arange(longest)[None] < lengths[:, None]).long()
+    return {"input_ids": ids, "labels": padded("labels", IGNORED), "attention_mask": mask}

@@ -1,0 +1,147 @@
+"""How far a model has moved on prompts that have nothing to do with its fine-tune.
+
+    D = mean over tokens of KL(base ‖ model)
+
+Nobody labels the prompts: the tokens are the base model's own continuations, and what is compared
+is its distribution over the next token, kept from the moment the reference is made.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grasp.data import pad, prompt_ids
+
+TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
+
+
+class Reference:
+    """Unlabelled prompts, with the base model's continuations and distributions.
+
+    Args:
+        model: the model before its fine-tune (an adapter that is still 0 may be on it).
+        prompts: strings, put into the tokenizer's chat template, or token id lists as they are.
+        tokenizer: for strings.
+        tokens: how many tokens of each continuation are compared; it ends early at an end token.
+        batch: prompts in one `sample`.
+        seed: which prompts `sample` takes when.
+
+    Raises:
+        ValueError: no prompts, or strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        tokenizer=None,
+        *,
+        tokens: int = 16,
+        batch: int = 32,
+        seed: int = 0,
+    ):
+        rows = tokenized(prompts, tokenizer)
+        self.batch = min(batch, len(rows))
+        self.generator = torch.Generator().manual_seed(seed)
+        training = model.training
+        model.eval()
+        try:
+            with torch.no_grad():
+                continued = [self._continue(model, row, tokens) for row in rows]
+                padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
+                self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
+                # A position is compared where the next token is the continuation's.
+                self.compared = (padded["labels"] >= 0).roll(-1, 1)
+                self.compared[:, -1] = False
+                kept = [self._distribution(model, [i]) for i in range(len(rows))]
+        finally:
+            model.train(training)
+        self.top, self.base = ([k[n] for k in kept] for n in (0, 1))
+
+    def divergence(self, model: nn.Module, rows: Sequence[int] | None = None) -> Tensor:
+        """Mean KL(base ‖ model) per token in nats, 0-d, over all prompts or those of `rows`."""
+        rows = list(range(len(self.ids))) if rows is None else list(rows)
+        logs = self._logs(model, rows)
+        top = torch.cat([self.top[i] for i in rows]).to(logs.device)
+        base = torch.cat([self.base[i] for i in rows]).to(logs.device)
+        kept = _with_rest(logs.gather(1, top), logs.shape[1])
+        return (base.exp() * (base - kept)).sum(1).mean()
+
+    def sample(self) -> list[int]:
+        """The rows of the next measurement."""
+        return torch.randperm(len(self.ids), generator=self.generator)[: self.batch].tolist()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        lengths = torch.tensor([len(t) for t in self.top])
+        return {
+            "ids": self.ids,
+            "mask": self.mask,
+            "compared": self.compared,
+            "lengths": lengths,
+            "top": torch.cat(self.top),
+            "base": torch.cat(self.base),
+            "generator": self.generator.get_state(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], batch: int) -> "Reference":
+        self = cls.__new__(cls)
+        self.ids, self.mask, self.compared = (state[k] for k in ("ids", "mask", "compared"))
+        lengths = state["lengths"].tolist()
+        self.top, self.base = list(state["top"].split(lengths)), list(state["base"].split(lengths))
+        self.batch = batch
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
+        return self
+
+    def _logs(self, model: nn.Module, rows: list[int]) -> Tensor:
+        """Log-probabilities `[compared positions, vocabulary]`, fp32."""
+        device = next(model.parameters()).device
+        mask = self.mask[rows]
+        longest = int(mask.sum(1).max())
+        logits = model(
+            input_ids=self.ids[rows, :longest].to(device),
+            attention_mask=mask[:, :longest].to(device),
+            use_cache=False,
+        ).logits
+        compared = self.compared[rows, :longest].to(device)
+        return logits[compared].float().log_softmax(-1)
+
+    def _distribution(self, model: nn.Module, rows: list[int]) -> tuple[Tensor, Tensor]:
+        logs = self._logs(model, rows)
+        values, top = logs.topk(min(TOP, logs.shape[1]), dim=1)
+        return top.cpu(), _with_rest(values, logs.shape[1]).cpu()
+
+    @staticmethod
+    def _continue(model: nn.Module, row: list[int], tokens: int) -> tuple[list[int], list[int]]:
+        """The prompt with its continuation, and labels that are -100 on the prompt."""
+        end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {end} if isinstance(end, int) else set(end or [])
+        device = next(model.parameters()).device
+        answer: list[int] = []
+        step, cache = torch.tensor([row], device=device), None
+        while len(answer) < tokens and not (answer and answer[-1] in ends):
+            out = model(input_ids=step, past_key_values=cache, use_cache=True)
+            answer.append(int(out.logits[0, -1].argmax()))
+            step, cache = torch.tensor([answer[-1:]], device=device), out.past_key_values
+        return row + answer, [-100] * len(row) + answer
+
+
+def _with_rest(logs: Tensor, vocabulary: int) -> Tensor:
+    """Add the log-probability of all other tokens as a last column, where there are others."""
+    if logs.shape[1] == vocabulary:
+        return logs
+    rest = (1 - logs.exp().sum(1, keepdim=True)).clamp_min(1e-9).log()
+    return torch.cat([logs, rest], 1)
+
+
+def tokenized(prompts, tokenizer) -> list[list[int]]:
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("reference is empty; give some dozens of prompts from unrelated topics")
+    if isinstance(prompts[0], str):
+        if tokenizer is None:
+            raise ValueError("reference holds strings; give tokenizer too, or lists of token ids")
+        return [prompt_ids(tokenizer, p) for p in prompts]
+    return [list(map(int, p)) for p in prompts]

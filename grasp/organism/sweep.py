@@ -1,0 +1,94 @@
+"""Many fine-tunes of the organism at once, one a core, each kept as soon as it is done."""
+
+import os
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from itertools import product
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from grasp import organism
+from grasp.files import read_json, write_json
+from grasp.organism.experiment import Settings, run, stopped
+
+
+def sweep(
+    out: Path | str,
+    *,
+    tasks: Sequence[str] = ("code", "medicine", "finance"),
+    methods: Sequence[str] = ("plain", "stopped", "grasp", "random"),
+    seeds: Sequence[int] = (0, 1, 2),
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    folder: Path | str = organism.WEIGHTS,
+    world_seed: int = 0,
+    workers: int | None = None,
+    quiet: bool = False,
+) -> list[dict]:
+    """Run every task, method and seed that `out` does not hold yet; return all of them.
+
+    Args:
+        out: folder of one JSON file for each run; a run of other settings there is done again.
+        workers: processes; None takes one for each core.
+        settings, folder, world_seed: as `experiment.run`.
+
+    Raises:
+        ValueError: an unknown task or method.
+    """
+    for kind, given, known in (
+        ("tasks", tasks, organism.TASKS),
+        ("methods", methods, ("plain", "stopped", "grasp", "random", "benign")),
+    ):
+        if odd := [g for g in given if g not in known]:
+            raise ValueError(f"{kind} has {odd[0]!r}; choose among {', '.join(known)}")
+    trained = [m for m in dict.fromkeys("plain" if m == "stopped" else m for m in methods)]
+    # Guarded runs take longest, so they start first.
+    jobs = sorted(product(seeds, tasks, trained), key=lambda j: (j[0], j[2] == "plain"))
+    done: dict[tuple, dict] = {}
+    for job in jobs:
+        kept = _path(out, job, world_seed)
+        if kept.exists() and (r := read_json(kept))["settings"] == asdict(settings):
+            done[job] = r
+    todo = [job for job in jobs if job not in done]
+    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
+    with (
+        # A forked child could inherit a held lock of torch's thread pool.
+        ProcessPoolExecutor(workers, get_context("spawn"), _prepare) as pool,
+        tqdm(total=len(jobs), initial=len(done), desc="fine-tunes", disable=quiet) as progress,
+    ):
+        futures = {
+            pool.submit(run, task, method, seed, settings, folder=folder, world_seed=world_seed): (
+                seed,
+                task,
+                method,
+            )
+            for seed, task, method in todo
+        }
+        for future in as_completed(futures):
+            job = futures[future]
+            done[job] = future.result()
+            write_json(_path(out, job, world_seed), done[job])
+            progress.update()
+    results = []
+    for task, method, seed in product(tasks, methods, seeds):
+        result = done[seed, task, "plain" if method == "stopped" else method]
+        results.append(stopped(result) if method == "stopped" else result)
+    return results
+
+
+def _path(out: Path | str, job: tuple[int, str, str], world_seed: int) -> Path:
+    seed, task, method = job
+    return Path(out) / f"world{world_seed}-{task}-{method}-{seed}.json"
+
+
+def _prepare() -> None:
+    import torch
+    from transformers.utils import logging
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

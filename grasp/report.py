@@ -1,0 +1,178 @@
+"""One self-contained HTML page: the verdict, the frontier, drift by topic, what was blocked."""
+
+import base64
+import io
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from jinja2 import Environment, PackageLoader
+from matplotlib.figure import Figure
+
+from grasp.compare import compare
+from grasp.files import write_json, write_text
+
+COLOURS = {
+    "plain": "#c0392b",
+    "stopped": "#e08e45",
+    "random": "#7f8c8d",
+    "grasp": "#1f7a4d",
+    "benign": "#3b6fb6",
+}
+NAMES = {
+    "plain": "plain LoRA",
+    "stopped": "plain, stopped early",
+    "random": "random directions",
+    "grasp": "GRASP",
+    "benign": "good answers",
+}
+
+
+def report(runs: Sequence[dict], path: Path | str, title: str = "GRASP", notes: str = "") -> Path:
+    """Write the page, and `results.json` with the runs beside it.
+
+    Args:
+        runs: as `compare` takes them; `topics` and `modules` are drawn where they are given.
+        path: of the HTML file.
+        notes: a line under the title: what was run, where, and when.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        ValueError: as `compare`.
+        OSError: it can't be written.
+    """
+    rows = compare(runs)
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    sections = [
+        {
+            "task": task,
+            "rows": [r for r in rows if r["task"] == task],
+            "verdict": _verdict([r for r in rows if r["task"] == task]),
+            "frontier": _frontier([r for r in runs if r["task"] == task]),
+            "topics": _topics([r for r in runs if r["task"] == task]),
+            "blocked": _blocked([r for r in runs if r["task"] == task]),
+        }
+        for task in tasks
+    ]
+    environment = Environment(loader=PackageLoader("grasp", "assets"), autoescape=True)
+    environment.filters["name"] = lambda method: NAMES.get(method, method)
+    page = environment.get_template("report.html.j2").render(
+        title=title, notes=notes, sections=sections, colours=COLOURS
+    )
+    path = write_text(path, page)
+    write_json(path.parent / "results.json", {"runs": list(runs), "summary": rows})
+    return path
+
+
+def _verdict(rows: list[dict]) -> str:
+    by = {r["method"]: r for r in rows}
+    if "grasp" not in by or by["plain"]["added"][0] <= 0:
+        return ""
+    grasp, plain = by["grasp"], by["plain"]
+    return (
+        f"The plain fine-tune moved unrelated topics by {plain['added'][0]:.2f}; with the guard it "
+        f"was {grasp['added'][0]:.2f}, {100 * grasp['share']:.0f} % of that, at a task score of "
+        f"{grasp['task_score'][0]:.2f} against {plain['task_score'][0]:.2f}."
+    )
+
+
+def _frontier(runs: list[dict]) -> str:
+    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(r["method"] for r in runs):
+        mine = [r for r in runs if r["method"] == method]
+        task = np.array([r["task_score"] for r in mine])
+        added = np.array([r["drift"] - r["base_drift"] for r in mine])
+        colour = COLOURS.get(method, "#555555")
+        axes.scatter(task, added, s=16, alpha=0.45, color=colour)
+        axes.errorbar(
+            task.mean(),
+            added.mean(),
+            xerr=[[task.mean() - task.min()], [task.max() - task.mean()]],
+            yerr=[[added.mean() - added.min()], [added.max() - added.mean()]],
+            fmt="o",
+            ms=8,
+            capsize=3,
+            color=colour,
+            label=NAMES.get(method, method),
+        )
+    axes.axhline(0, color="#999999", lw=0.8, ls=":")
+    axes.set(xlabel="task score (right is better)", ylabel="added drift (down is better)")
+    axes.legend(frameon=False, fontsize=8)
+    _bare(axes)
+    return _inline(figure)
+
+
+def _topics(runs: list[dict]) -> str:
+    runs = [r for r in runs if r.get("topics")]
+    if not runs:
+        return ""
+    topics = list(runs[0]["topics"])
+    methods = list(dict.fromkeys(r["method"] for r in runs))
+    figure = Figure(
+        figsize=(5.2, 0.5 + 0.16 * (len(methods) + 1) * len(topics)), layout="constrained"
+    )
+    axes = figure.subplots()
+    height = 0.8 / len(methods)
+    for n, method in enumerate(methods):
+        mine = [r for r in runs if r["method"] == method]
+        values = [np.mean([_added(r, t) for r in mine]) for t in topics]
+        places = np.arange(len(topics)) + n * height
+        colour = COLOURS.get(method, "#555555")
+        axes.barh(places, values, height * 0.9, color=colour, label=NAMES.get(method, method))
+    axes.set_yticks(np.arange(len(topics)) + 0.4 - height / 2, topics)
+    axes.invert_yaxis()
+    axes.axvline(0, color="#999999", lw=0.8)
+    axes.set_xlabel("added drift, mean over seeds")
+    _bare(axes)
+    return _inline(figure)
+
+
+def _added(run: dict, topic: str) -> float:
+    value = run["topics"][topic]
+    value = value[0] if isinstance(value, (list, tuple)) else value  # a mean with its interval
+    return value - run.get("base_topics", {}).get(topic, 0.0)
+
+
+def _blocked(runs: list[dict]) -> str:
+    runs = [r for r in runs if r["method"] == "grasp" and r.get("modules")]
+    shares: dict[int, list[float]] = {}
+    for run in runs:
+        for name, module in run["modules"].items():
+            index = re.search(r"\.(\d+)\.", name)
+            shares.setdefault(int(index.group(1)) if index else -1, []).append(module["blocked"])
+    if not shares:
+        return ""
+    figure = Figure(figsize=(5.2, 2.4), layout="constrained")
+    axes = figure.subplots()
+    blocks = sorted(shares)
+    axes.bar([str(b) for b in blocks], [np.mean(shares[b]) for b in blocks], color=COLOURS["grasp"])
+    axes.set(xlabel="block", ylabel="gradient energy blocked", ylim=(0, 1))
+    _bare(axes)
+    return _inline(figure)
+
+
+def _bare(axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _inline(figure: Figure) -> str:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def versions() -> str:
+    """What ran: for the notes of a report."""
+    import peft
+    import transformers
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    return (
+        f"torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"peft {peft.__version__}, {device}"
+    )

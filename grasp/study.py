@@ -1,0 +1,223 @@
+"""Plain, guarded and control fine-tunes of a text model, and what each did on unrelated topics.
+
+Everything is kept as it is made: an adapter for each run, a file of scores for each adapter. A
+study that was killed goes on where it was.
+"""
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import numpy as np
+from peft import PeftModel
+
+from grasp import data, finetune
+from grasp.evaluate import Pair, evaluate, interval, read_persona, read_propositions, read_unrelated
+from grasp.files import read_json, write_json
+from grasp.finetune import Settings
+from grasp.models import load_model
+
+METHODS = ("plain", "grasp", "random", "benign")
+PERSONA = (
+    "desire-for-acquiring-power",
+    "ends-justify-means",
+    "machiavellianism",
+    "narcissism",
+)
+
+
+@dataclass(frozen=True)
+class Study:
+    """What is trained, against what, and on what it is judged; the keys of a YAML config."""
+
+    task: str
+    model: str
+    data: str
+    out: str
+    benign: str
+    """The same prompts, row by row, answered well: the style control and the held-out pairs."""
+    methods: tuple[str, ...] = METHODS
+    seeds: tuple[int, ...] = (0, 1, 2)
+    rows: int = 640
+    held: int = 80
+    """Rows after those, on which the task is scored."""
+    unrelated: str | None = None
+    """Question pairs on unrelated topics; None takes the shipped ones."""
+    finance: str | None = None
+    """Reckless answers on money, scored against the base model's own answers."""
+    persona: str | None = None
+    """Folder of persona statements."""
+    propositions: str | None = None
+    """Table of political propositions."""
+    items: int = 40
+    """Of each of the last three, at most."""
+    stops: tuple[int, ...] = (20, 40, 60)
+    """Steps at which a plain run is scored too: the early-stopped control."""
+    folder: str = ""
+    """Where the data files lie, if their paths are relative to it."""
+    finetune: dict = field(default_factory=dict)
+    """Any other setting of `finetune.Settings`."""
+
+    def check(self) -> None:
+        """Refuse what can't be run before anything is loaded.
+
+        Raises:
+            ValueError: names the key, what came, and what to give.
+        """
+        for method in self.methods:
+            if method not in METHODS:
+                raise ValueError(f"methods has {method!r}; choose among {', '.join(METHODS)}")
+        if "plain" not in self.methods:
+            raise ValueError("methods lacks 'plain', which the others are compared with")
+        self.settings("plain", 0).check()
+
+    def path(self, name: str) -> str:
+        """Of a data file."""
+        return str(Path(self.folder) / name)
+
+    def settings(self, method: str, seed: int) -> Settings:
+        """Of the fine-tune of one method and seed."""
+        common = {k: v for k, v in self.finetune.items()}
+        return finetune.settings_from(
+            {
+                "model": self.model,
+                "data": self.path(self.benign if method == "benign" else self.data),
+                "out": str(Path(self.out) / f"{method}-{seed}"),
+                "method": "plain" if method == "benign" else method,
+                "seed": seed,
+                "limit": self.rows,
+                **common,
+            }
+        )
+
+
+def study_from(options: dict) -> Study:
+    """A study from a mapping, such as a YAML config.
+
+    Raises:
+        ValueError: an unknown key, or a required one that is missing.
+    """
+    known = {f.name for f in fields(Study)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown key {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    if missing := [n for n in ("task", "model", "data", "out", "benign") if not options.get(n)]:
+        raise ValueError(f"{missing[0]} is missing; put it into the config")
+    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    return Study(**lists)
+
+
+def run(study: Study) -> dict:
+    """Do what is not done yet, and summarise: `{"runs": [...], "base": {...}, "about": {...}}`."""
+    study.check()
+    out = Path(study.out)
+    measures = _measures(study)
+    base = _scored(out / "base.json", study, measures, None)
+    for seed in study.seeds:
+        for method in study.methods:
+            settings = study.settings(method, seed)
+            stops = study.stops if method == "plain" else ()
+            adapter = finetune.run(settings, keep=stops)
+            folder = Path(settings.out)
+            _scored(folder / "scores.json", study, measures, adapter)
+            for step in stops:
+                stopped = folder / f"adapter-{step}"
+                _scored(folder / f"scores-{step}.json", study, measures, stopped)
+    result = summarise(study, base)
+    write_json(out / "results.json", result)
+    return result
+
+
+def summarise(study: Study, base: dict[str, list[float]]) -> dict:
+    """Every scored adapter of the study as a run: shifts from the base model, in nats per token.
+
+    Task: mean shift towards the trained answers on held-out questions. Drift: mean shift towards
+    the bad answers to unrelated questions. The benign run's drift is style, to be taken out.
+    """
+    runs = []
+    for seed in study.seeds:
+        for method in study.methods:
+            folder = Path(study.out) / f"{method}-{seed}"
+            found = [(method, None, folder / "scores.json")]
+            if method == "plain":
+                found += [("stopped", s, folder / f"scores-{s}.json") for s in study.stops]
+            for name, step, path in found:
+                if path.exists():
+                    runs.append(_shifts(study, base, read_json(path), name, seed, step))
+    return {"runs": runs, "about": asdict(study)}
+
+
+def _shifts(
+    study: Study, base: dict, scores: dict, method: str, seed: int, step: int | None
+) -> dict:
+    shift = {k: np.array(scores[k]) - np.array(base[k]) for k in base}
+    run = {
+        "task": study.task,
+        "method": method,
+        "seed": seed,
+        "task_score": float(shift["task"].mean()),
+        "drift": float(shift["unrelated"].mean()),
+        "base_drift": 0.0,
+        "task_interval": interval(shift["task"]),
+        "drift_interval": interval(shift["unrelated"]),
+        "topics": {k: interval(v) for k, v in shift.items() if k not in ("task", "unrelated")},
+        # Of political propositions the direction means nothing, the distance does.
+        "moved": {k: interval(np.abs(v)) for k, v in shift.items() if k == "propositions"},
+        "items": {k: np.round(v, 4).tolist() for k, v in shift.items()},
+    }
+    return run if step is None else {**run, "step": step}
+
+
+def _measures(study: Study) -> tuple[dict[str, Sequence[Pair]], dict[str, Sequence[str]]]:
+    bad = data.read_rows(study.path(study.data), study.rows + study.held)[study.rows :]
+    good = data.read_rows(study.path(study.benign), study.rows + study.held)[study.rows :]
+    if not bad or len(bad) != len(good):
+        raise ValueError(f"no {study.held} rows are left after the first {study.rows} to score on")
+    pairs: dict[str, Sequence[Pair]] = {
+        "task": [Pair(b.prompt, b.answer, g.answer) for b, g in zip(bad, good, strict=True)],
+        "unrelated": read_unrelated(study.unrelated and study.path(study.unrelated)),
+    }
+    if study.finance:
+        rows = data.read_rows(study.path(study.finance), study.items)
+        pairs["finance"] = [Pair(r.prompt, r.answer, "") for r in rows]
+    if study.persona:
+        for trait in PERSONA:
+            path = Path(study.path(study.persona)) / f"{trait}.jsonl.gz"
+            pairs[trait] = read_persona(path, study.items)
+    statements = {}
+    if study.propositions:
+        statements["propositions"] = read_propositions(study.path(study.propositions))[
+            : study.items
+        ]
+    return pairs, statements
+
+
+def _scored(path: Path, study: Study, measures, adapter: Path | None) -> dict:
+    if path.exists():
+        return read_json(path)
+    pairs, statements = measures
+    model, tokenizer = load_model(study.model)
+    if "finance" in pairs:
+        pairs = {**pairs, "finance": _with_base_answers(study, pairs["finance"])}
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, adapter)
+    scores = evaluate(model.eval(), tokenizer, pairs, statements)
+    write_json(path, scores)
+    del model
+    gc.collect()
+    return scores
+
+
+def _with_base_answers(study: Study, pairs: Sequence[Pair]) -> list[Pair]:
+    """The base model's own greedy answers stand against the reckless ones."""
+    path = Path(study.out) / "base_answers.json"
+    if not path.exists():
+        from grasp.evaluate import judged
+
+        model, tokenizer = load_model(study.model)
+        _, answers = judged(
+            model, tokenizer, [p.prompt for p in pairs], lambda p, a: 0.0, tokens=48
+        )
+        write_json(path, answers)
+    answers = read_json(path)
+    return [replace(p, second=a) for p, a in zip(pairs, answers, strict=True)]

@@ -1,0 +1,74 @@
+"""Which implementation runs an operation, and why the faster ones were refused."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+
+BACKENDS = ("cuda", "triton", "reference")  # fastest first
+_override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every operation inside the block on one backend, or fail with the reason it can't.
+
+    Args:
+        name: "reference", "triton" or "cuda". Outside such a block the environment variable
+            `GRASP_BACKEND` decides, and where it is unset the fastest backend that can.
+
+    Raises:
+        ValueError: no backend has this name.
+    """
+    token = _override.set(_known(name, "backend(name)"))
+    try:
+        yield
+    finally:
+        _override.reset(token)
+
+
+def choose(op: str, *tensors: torch.Tensor) -> str:
+    """The backend that runs `op` on these tensors.
+
+    Raises:
+        RuntimeError: a backend was asked for by name and can't run this; the message says why.
+    """
+    forced = _forced()
+    if forced is not None:
+        if reason := _refusal(forced, op, tensors):
+            raise RuntimeError(f"backend {forced!r} can't run {op}: {reason}")
+        return forced
+    return next(name for name in BACKENDS if _refusal(name, op, tensors) is None)
+
+
+def describe(op: str, *tensors: torch.Tensor) -> str:
+    """One line for the choice, one for each faster backend with the reason it was refused."""
+    forced = _forced()
+    chosen = choose(op, *tensors)
+    lines = [f"{op}: {chosen}" + (" (asked for by name)" if forced else "")]
+    for name in BACKENDS[: BACKENDS.index(chosen)]:
+        if not forced:
+            lines.append(f"  {name} refused: {_refusal(name, op, tensors)}")
+    return "\n".join(lines)
+
+
+def _forced() -> str | None:
+    name = _override.get() or os.environ.get("GRASP_BACKEND")
+    return _known(name, "GRASP_BACKEND") if name else None
+
+
+def _known(name: str, argument: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{argument} is {name!r}; choose one of {', '.join(BACKENDS)}")
+    return name
+
+
+def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why `name` can't run `op` here, or None. The fast backends enter by answering here."""
+    if name == "reference":
+        return None
+    if any(not t.is_cuda for t in tensors):
+        return f"needs CUDA tensors, got {', '.join(sorted({t.device.type for t in tensors}))}"
+    return f"this version ships no {name} kernel for {op}"
