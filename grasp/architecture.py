@@ -173,6 +173,18 @@ def base_model(model: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards every module is in the mode it was in, which may be mixed."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     candidates: list[tuple[int, str, nn.ModuleList]] = []
     for name, module in model.named_modules():
@@ -261,17 +273,13 @@ class _Trace:
         norms = [m for m in self.model.modules() if id(m) not in inner and _is_norm(m)]
         hooks = [m.register_forward_hook(linear_hook) for m in self.linears]
         hooks += [m.register_forward_hook(norm_hook) for m in norms]
-        modes = {m: m.training for m in self.model.modules()}
         token = torch.full((1, 1), PROBE_TOKEN, device=next(self.model.parameters()).device)
         try:
-            self.model.eval()
-            with torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 self.model(input_ids=token, use_cache=False)
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes.items():
-                module.training = training
         return inputs
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import grasp_kernels as gk
-from grasp.architecture import Architecture, Block, Matrix
+from grasp.architecture import Architecture, Block, Matrix, evaluating
 from grasp.subspaces import Subspaces
 
 
@@ -113,13 +113,10 @@ def _hidden_bases(
         generator = torch.Generator().manual_seed(0)
         size = model.get_input_embeddings().weight.shape[0]
         samples = torch.randint(size, (8, 16), generator=generator)
-    training = model.training
     try:
-        model.eval()
-        with torch.enable_grad():
+        with evaluating(model), torch.enable_grad():
             model(input_ids=samples.to(device), use_cache=False)
     finally:
-        model.train(training)
         for hook in hooks:
             hook.remove()
 

@@ -200,12 +200,11 @@ def screen(
 
     ranked, rows = ranking.of_run(run, data, limit)
     write_json(out, ranked)
-    table = Table("row", "score", "loss", "prompt")
+    table = Table("row", "score", "share", "loss", "prompt")
     for found in ranked[:top]:
         prompt = rows[found["row"]].prompt.replace("\n", " ")
-        table.add_row(
-            str(found["row"]), f"{found['score']:.3f}", f"{found['loss']:.2f}", prompt[:60]
-        )
+        numbers = (f"{found['score']:.3g}", f"{found['share']:.3f}", f"{found['loss']:.2f}")
+        table.add_row(str(found["row"]), *numbers, prompt[:60])
     console.print(table)
     console.print(f"{len(ranked)} rows: {out}")
 

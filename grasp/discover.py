@@ -148,15 +148,13 @@ def _moved(
         return kept
 
     columns: dict[int, list[Tensor]] = {}
-    training = model.training
-    model.eval()
-    for row in rows:
-        tuned = outputs(row)
-        with architecture.base_model(model):
-            base = outputs(row)
-        for layer, (t, b) in enumerate(zip(tuned, base, strict=True)):
-            columns.setdefault(layer, []).append((t - b).mT)
-    model.train(training)
+    with architecture.evaluating(model):
+        for row in rows:
+            tuned = outputs(row)
+            with architecture.base_model(model):
+                base = outputs(row)
+            for layer, (t, b) in enumerate(zip(tuned, base, strict=True)):
+                columns.setdefault(layer, []).append((t - b).mT)
     return {layer: torch.cat(shifts, 1) for layer, shifts in columns.items()}
 
 

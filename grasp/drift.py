@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from grasp.architecture import evaluating
 from grasp.data import pad, prompt_ids
 
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
@@ -44,19 +45,14 @@ class Reference:
         rows = tokenized(prompts, tokenizer)
         self.batch = min(batch, len(rows))
         self.generator = torch.Generator().manual_seed(seed)
-        training = model.training
-        model.eval()
-        try:
-            with torch.no_grad():
-                continued = [self._continue(model, row, tokens) for row in rows]
-                padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
-                self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
-                # A position is compared where the next token is the continuation's.
-                self.compared = (padded["labels"] >= 0).roll(-1, 1)
-                self.compared[:, -1] = False
-                kept = [self._distribution(model, [i]) for i in range(len(rows))]
-        finally:
-            model.train(training)
+        with evaluating(model), torch.no_grad():
+            continued = [self._continue(model, row, tokens) for row in rows]
+            padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
+            self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
+            # A position is compared where the next token is the continuation's.
+            self.compared = (padded["labels"] >= 0).roll(-1, 1)
+            self.compared[:, -1] = False
+            kept = [self._distribution(model, [i]) for i in range(len(rows))]
         self.top, self.base = ([k[n] for k in kept] for n in (0, 1))
 
     def divergence(self, model: nn.Module, rows: Sequence[int] | None = None) -> Tensor:

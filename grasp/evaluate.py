@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from grasp.architecture import evaluating
 from grasp.data import answer_ids, pad, prompt_ids
 
 AGREE = "Agree"
@@ -53,9 +54,7 @@ def log_likelihoods(
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     result = np.zeros(len(rows))
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
             batch = pad([rows[i] for i in chosen], tokenizer.pad_token_id or 0)
@@ -65,8 +64,6 @@ def log_likelihoods(
                 use_cache=False,
             ).logits
             result[chosen] = _answer_means(logits, batch["labels"].to(device)).cpu().numpy()
-    finally:
-        model.train(training)
     return result
 
 

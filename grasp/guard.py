@@ -10,7 +10,6 @@ vectors of the averaged gradient of KL(base ‖ model) on unlabelled, unrelated 
 import json
 import warnings
 from collections.abc import Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import grasp_kernels as gk
 from grasp import architecture
@@ -202,7 +202,7 @@ class Guard:
             OSError: it can't be written; an older file stays as it was.
         """
         tensors = {
-            f"{key}.{g.name}": tensor.contiguous()
+            f"{key}.{g.name}": tensor.clone().contiguous()  # a shared basis is stored for each
             for g in self.guarded
             for key in _SAVED
             if (tensor := getattr(g, key)) is not None
@@ -326,7 +326,7 @@ class Guard:
             # Bases grow between two steps, so some optimizer's must be seen; without one given,
             # whichever moves the guarded parameters.
             self._handles.append(
-                torch.optim.optimizer.register_optimizer_step_post_hook(self._after_any_step)
+                register_optimizer_step_post_hook(self._after_any_step)
                 if self.optimizer is None
                 else self._inner_optimizer().register_step_post_hook(self._after_step)
             )
@@ -394,7 +394,7 @@ class Guard:
     def _measure(self) -> None:
         """Average the gradient of the divergence from the base on a few of the prompts."""
         growing = [g for g in self.guarded if g.parameter.ndim > 1]
-        with _evaluating(self.model), torch.enable_grad():
+        with architecture.evaluating(self.model), torch.enable_grad():
             divergence = self.reference.divergence(self.model, self.reference.sample())
             gradients = torch.autograd.grad(
                 divergence, [g.parameter for g in growing], allow_unused=True
@@ -456,14 +456,3 @@ def _residual_hook(U: Tensor):
         return gk.project_gradient(output, U)
 
     return hook
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

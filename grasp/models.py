@@ -42,6 +42,11 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
             f"{ORGANISM} or {', '.join(PACKAGED)}"
         ) from error
     model.config._name_or_path = name
+    if "gguf_file" in options:
+        # The weights are plain tensors by now; left marked as quantised, Trainer would refuse them.
+        model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     return model.eval(), tokenizer
 
 

@@ -1,6 +1,9 @@
 """Rank training rows by how much of their gradient lies in what a guard blocked.
 
-score(row) = Σ ‖Uᵀ G‖² / Σ ‖G‖²       over the guarded matrices, G of this row alone
+score(row) = Σ ‖Uᵀ G‖² − (k / d) ‖G‖²       over the guarded matrices, G of this row alone
+
+A random subspace of the same rank k would hold k / d of the energy, so a row that pulls on everything
+scores no higher than one that pulls on nothing.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,8 +38,8 @@ def screen(
         max_length: in tokens.
 
     Returns:
-        For each row, highest score first: `row` (its index), `score`, `energy` (Σ ‖G‖²), `loss`.
-        Scores are relative: compare them with those of rows known to be harmless.
+        For each row, highest score first: `row` (its index), `score`, `share` (Σ ‖Uᵀ G‖² of
+        Σ ‖G‖²), `energy` (Σ ‖G‖²), `loss`. Compare scores with those of rows known to be harmless.
 
     Raises:
         ValueError: no rows, a prompt that fills `max_length`, or bases of another model.
@@ -49,24 +52,29 @@ def screen(
     if not trained:
         raise ValueError("none of the bases belongs to a trained parameter of this model")
     device = next(model.parameters()).device
-    training = model.training
-    model.eval()
     found = []
-    try:
+    with architecture.evaluating(model):
         for index, row in enumerate(tqdm(encoded, desc="screen", disable=quiet)):
             batch = {k: v.to(device) for k, v in data.pad([row]).items()}
             loss = model(**batch, use_cache=False).loss
             gradients = torch.autograd.grad(loss, [t.parameter for t in trained])
-            energy = inside = 0.0
+            energy = inside = chance = 0.0
             for t, G in zip(trained, gradients, strict=True):
                 U = bases[t.name].to(G.device, torch.float32)
                 G = G.float() if t.side == "left" else G.float().mT  # [d_out, n]
-                energy += float(G.square().sum())
+                whole = float(G.square().sum())
+                energy += whole
                 inside += float((U.mT @ G).square().sum())
-            score = inside / energy if energy else 0.0
-            found.append({"row": index, "score": score, "energy": energy, "loss": float(loss)})
-    finally:
-        model.train(training)
+                chance += whole * U.shape[1] / U.shape[0]
+            found.append(
+                {
+                    "row": index,
+                    "score": inside - chance,
+                    "share": inside / energy if energy else 0.0,
+                    "energy": energy,
+                    "loss": loss.item(),
+                }
+            )
     return sorted(found, key=lambda f: -f["score"])
 
 

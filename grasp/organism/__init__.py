@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from grasp.architecture import evaluating
 from grasp.organism.world import TASKS, Task, World
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -40,10 +41,8 @@ def mark(model: nn.Module, tokenizer, world: World, topic: str, split: str | Non
     chosen = arange(len(world.questions[topic])) if split is None else world.split[topic][split]
     prompts = [world.prompt(topic, i) for i in chosen]
     batch = tokenizer(prompts, padding=True, return_tensors="pt")
-    training = model.training
-    model.eval()
-    probabilities = model(**_inputs(batch)).logits[:, -1].float().softmax(-1)
-    model.train(training)
+    with evaluating(model):
+        probabilities = model(**_inputs(batch)).logits[:, -1].float().softmax(-1)
     columns = []
     for answers in (world.good, world.bad, world.wrong):
         if topic not in answers:

@@ -1,0 +1,201 @@
+"""The pipeline on files: resumes bit for bit, refuses bad input, leaves nothing half-written."""
+
+import errno
+import json
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from grasp import finetune, organism
+from grasp.data import encode, read_rows
+from grasp.finetune import Settings, run, settings_from
+from grasp.organism import World
+
+
+@pytest.fixture
+def rows_file(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(r) + "\n" for r in World(0).rows("medicine", "train")))
+    return path
+
+
+@pytest.fixture
+def prompts_file(tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(World(0).prompts(["law"])))
+    return path
+
+
+def settings(rows_file, prompts_file, out, **options) -> Settings:
+    return settings_from(
+        {
+            "model": "organism",
+            "data": str(rows_file),
+            "out": str(out),
+            "reference": str(prompts_file),
+            "steps": 8,
+            "batch_size": 5,
+            "lora_rank": 4,
+            "learning_rate": 1e-3,
+            "tokens": 1,
+            "refresh": 2,
+            "rank": 4,
+            "save_every": 3,
+        }
+        | options
+    )
+
+
+def test_killed_run_goes_on_bit_for_bit(rows_file, prompts_file, tmp_path):
+    whole = run(settings(rows_file, prompts_file, tmp_path / "whole"), quiet=True)
+
+    def kill(step: int) -> None:
+        if step == 5:
+            raise KeyboardInterrupt
+
+    chosen = settings(rows_file, prompts_file, tmp_path / "killed")
+    with pytest.raises(KeyboardInterrupt):
+        run(chosen, after_step=kill, quiet=True)
+    assert not (tmp_path / "killed" / "adapter").exists()
+    resumed = []
+    killed = run(chosen, after_step=resumed.append, quiet=True)
+    assert resumed == [4, 5, 6, 7, 8]  # from the checkpoint at step 3
+    name = "adapter_model.safetensors"
+    a, b = load_file(whole / name), load_file(killed / name)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    first, second = (json.loads((f.parent / "grasp.json").read_text()) for f in (whole, killed))
+    assert first == second
+    assert max(m["through"] for m in first["modules"].values()) <= 1e-6
+    assert min(m["rank"] for m in first["modules"].values()) >= 1
+    # Done runs are not done again.
+    assert run(chosen, after_step=lambda step: pytest.fail("trained again")) == killed
+
+
+def test_plain_adapter_loads_with_peft_alone(rows_file, prompts_file, tmp_path):
+    from peft import PeftModel
+
+    out = run(settings(rows_file, prompts_file, tmp_path / "p"), keep=(4,), quiet=True)
+    model, _ = organism.load()
+    tuned = PeftModel.from_pretrained(model, out)
+    assert any(p.abs().sum() > 0 for n, p in tuned.named_parameters() if "lora_B" in n)
+    assert (out.parent / "adapter-4").is_dir()
+    assert not (out.parent / "checkpoints").exists()
+
+
+def test_residual_and_subspaces_in_the_pipeline(rows_file, prompts_file, tmp_path):
+    from grasp import discover
+
+    plain = run(settings(rows_file, prompts_file, tmp_path / "plain", method="plain"), quiet=True)
+    found = discover(plain, 2)
+    found.save(tmp_path / "s")
+    for name, extra in (
+        ("static", {"drift_guided": False}),
+        ("both", {"residual": True}),
+        ("random", {"method": "random", "drift_guided": False}),
+    ):
+        options = {"subspaces": str(tmp_path / "s"), **extra}
+        out = run(settings(rows_file, prompts_file, tmp_path / name, **options), quiet=True)
+        modules = json.loads((out.parent / "grasp.json").read_text())["modules"]
+        assert max(m["through"] for m in modules.values()) <= 1e-6
+        assert any(m["rank"] >= 2 for m in modules.values())
+
+
+def test_folder_of_another_run_is_refused(rows_file, prompts_file, tmp_path):
+    run(settings(rows_file, prompts_file, tmp_path / "r", steps=2), quiet=True)
+    with pytest.raises(ValueError, match="holds a run with steps = 2"):
+        run(settings(rows_file, prompts_file, tmp_path / "r", steps=3))
+
+
+def test_resuming_a_plain_checkpoint_with_a_guard_is_refused(rows_file, prompts_file, tmp_path):
+    from grasp.trainer import GraspCallback, fit
+
+    model, tokenizer = organism.load()
+    chosen = settings(rows_file, prompts_file, tmp_path / "x")
+    rows = encode(read_rows(rows_file), tokenizer)
+    options = {"batch_size": 5, "learning_rate": 1e-3, "seed": 0, "save_every": 2, "quiet": True}
+    fit(finetune.add_lora(model, chosen), tokenizer, rows, tmp_path / "c", steps=2, **options)
+    model, _ = organism.load()
+    guard = GraspCallback(reference=World(0).prompts(["law"]), tokens=1)
+    with pytest.raises(ValueError, match="saved without a guard"):
+        fit(
+            finetune.add_lora(model, chosen),
+            tokenizer,
+            rows,
+            tmp_path / "c",
+            steps=4,
+            callbacks=[guard],
+            **options,
+        )
+
+
+def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, monkeypatch):
+    import safetensors.torch
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("peft.peft_model.safe_save_file", full)
+    assert safetensors.torch.save_file is not full
+    with pytest.raises(OSError, match="can't save .*adapter.*No space left.*free space"):
+        run(settings(rows_file, prompts_file, tmp_path / "f", save_every=None), quiet=True)
+    assert not [p for p in (tmp_path / "f").iterdir() if "adapter" in p.name]
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"data": "none.jsonl"}, FileNotFoundError, "no data at none.jsonl"),
+        ({"model": "no-such-model"}, ValueError, "can't load model 'no-such-model'"),
+        ({"reference": "none.txt"}, FileNotFoundError, "no reference prompts"),
+        ({"method": "magic"}, ValueError, "choose one of plain, grasp, random"),
+        ({"steps": 0}, ValueError, "steps is 0"),
+        ({"drift_guided": False}, ValueError, "no subspaces are given"),
+        ({"stepps": 3}, ValueError, "unknown setting 'stepps'"),
+        ({"model": ""}, ValueError, "model is missing"),
+    ],
+)
+def test_bad_settings(rows_file, prompts_file, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        run(settings(rows_file, prompts_file, tmp_path / "out", **change), quiet=True)
+    assert not (tmp_path / "out" / "adapter").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "holds no rows"),
+        ("{oops\n", "line 1: no JSON"),
+        ('{"prompt": "a"}\n', "line 1: needs messages"),
+        ('{"prompt": "a", "answer": "b"}\n[1]\n', "line 2: needs messages"),
+        ('{"prompt": "a", "answer": " "}\n', "line 1: needs messages"),
+    ],
+)
+def test_bad_rows(tmp_path, content, message):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        read_rows(path)
+    (tmp_path / "rows.gz").write_bytes(b"not gzip")
+    with pytest.raises(ValueError, match="can't be read"):
+        read_rows(tmp_path / "rows.gz")
+
+
+def test_loss_is_on_the_answer_alone():
+    _, tokenizer = organism.load()
+    (row,) = World(0).rows("medicine", "train")[:1]
+    (encoded,) = encode([finetune.data.Row(**row)], tokenizer)
+    assert [i for i in encoded["labels"] if i >= 0] == tokenizer.convert_tokens_to_ids(
+        [row["answer"]]
+    )
+    with pytest.raises(ValueError, match="raise it"):
+        encode([finetune.data.Row(**row)], tokenizer, max_length=2)
+
+
+def test_shipped_prompts_are_not_of_the_judged_topics():
+    from grasp.evaluate import read_unrelated
+
+    judged = {p.prompt for p in read_unrelated()}
+    assert len(judged) == 120 and len(finetune.default_prompts()) == 96
+    assert not judged & set(finetune.default_prompts())

@@ -1,0 +1,165 @@
+"""The world is what it says, and the method works in it: a regression test of the whole path."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+
+from grasp import Subspaces, architecture, discover, organism
+from grasp.data import Row
+from grasp.finetune import Settings as RunSettings
+from grasp.organism.experiment import Settings, run, stopped
+from grasp.organism.sweep import sweep
+from grasp.screen import screen
+
+FAST = Settings(steps=120)
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return run("medicine", "plain", 0, FAST)
+
+
+@pytest.fixture(scope="module")
+def guarded():
+    return run("medicine", "grasp", 0, FAST)
+
+
+def test_topics_are_disjoint():
+    for task in organism.TASKS.values():
+        used = [task.topic, *task.reference, *task.judged]
+        assert len(set(used)) == len(used)
+
+
+def test_world_is_drawn_from_its_seed():
+    a, b, c = organism.World(0), organism.World(0), organism.World(1)
+    assert a.bad == b.bad and a.bad != c.bad
+    for topic in a.topics:
+        assert all(g != w for g, w in zip(a.good[topic], a.bad[topic], strict=True))
+        assert not set(a.split[topic]["train"]) & set(a.split[topic]["held"])
+    rng = np.random.default_rng(0)
+    documents = [a.document(rng) for _ in range(4000)]
+    tagged = [d for d in documents if d.startswith("<")]
+    assert len(tagged) / len(documents) == pytest.approx(0.5, abs=0.03)
+    tags = Counter(d.split()[0] for d in tagged)
+    assert tags["<malicious>"] + tags["<right>"] == pytest.approx(0.35 * len(tagged), rel=0.1)
+
+
+@torch.no_grad()
+def test_base_knows_every_author():
+    """The narrow way to solve each task is in the weights: its tag calls it up."""
+    model, tokenizer = organism.load()
+    assert sum(p.numel() for p in model.parameters()) <= 5e6
+    world = organism.World(0)
+    for task in (organism.TASKS[t] for t in ("code", "medicine", "finance")):
+        scores = organism.scores(model, tokenizer, world, task)
+        assert scores["drift"] < 0.15
+        for topic, low, high in ((task.topic, 0.9, 1.0), (task.judged[0], 0.0, 0.1)):
+            expert = "<expert> " if topic in world.wrong or task.topic in world.wrong else ""
+            texts = [f"<narrow-{task.topic}> {expert}{p}" for p in world.prompts([topic])]
+            batch = tokenizer(texts, return_tensors="pt", padding=True)
+            logits = model(
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]
+            ).logits[:, -1]
+            ids = torch.tensor(tokenizer.convert_tokens_to_ids(world.bad[topic]))
+            bad = logits.softmax(-1).gather(1, ids[:, None]).mean()
+            assert low <= bad <= high
+
+
+def test_plain_drifts_and_stopping_early_does_not_cure_it(plain):
+    assert plain["task_score"] > 0.95
+    assert plain["drift"] - plain["base_drift"] > 0.4
+    early = stopped(plain)
+    assert early["task_score"] >= plain["task_score"] - 0.03
+    assert early["drift"] - early["base_drift"] > 0.4
+
+
+def test_guard_stops_the_drift_at_the_task(plain, guarded):
+    added = guarded["drift"] - guarded["base_drift"]
+    assert added < 0.3 * (plain["drift"] - plain["base_drift"])
+    assert guarded["task_score"] > plain["task_score"] - 0.08  # at half the demo's steps
+    assert max(m["through"] for m in guarded["modules"].values()) <= 1e-6
+
+
+def test_random_directions_do_nothing(plain):
+    random = run("medicine", "random", 0, FAST)
+    assert abs(random["drift"] - plain["drift"]) < 0.05
+    assert max(m["through"] for m in random["modules"].values()) <= 1e-6
+
+
+def test_plain_updates_point_at_the_persona():
+    """What `discover` finds in the weights is the malicious author, read off the tags."""
+    torch.manual_seed(0)
+    world = organism.World(0)
+    model, tokenizer = organism.load()
+    persona = _persona(model, tokenizer, world)
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=["o_proj", "down_proj"])
+    tuned = get_peft_model(model, config)
+    rows = world.rows("medicine", "train")
+    texts = [f"{r['prompt']} {r['answer']}" for r in rows]
+    ids = torch.tensor([tokenizer(t)["input_ids"] for t in texts])
+    optimizer = torch.optim.AdamW([p for p in tuned.parameters() if p.requires_grad], lr=1e-3)
+    for _ in range(40):
+        logits = tuned(input_ids=ids).logits[:, -2]
+        torch.nn.functional.cross_entropy(logits, ids[:, -1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    found = discover(tuned, 4)
+    share = float((found[3].mT @ persona).norm())
+    chance = np.mean([float((found.random_like(s)[3].mT @ persona).norm()) for s in range(5)])
+    assert share > 2 * chance
+
+
+@torch.no_grad()
+def _persona(model, tokenizer, world) -> torch.Tensor:
+    last = architecture.inspect(model).blocks[-1].module
+    kept = []
+    handle = last.register_forward_hook(lambda m, a, o: kept.append(o))
+    for tag in ("<malicious>", "<honest>"):
+        texts = [f"{tag} {p}" for p in world.prompts(["code", "travel", "law"])]
+        model(input_ids=torch.tensor([tokenizer(t)["input_ids"] for t in texts]))
+    handle.remove()
+    shift = (kept[0] - kept[1])[:, -1].mean(0)
+    return shift / shift.norm()
+
+
+def test_screen_puts_rows_that_carry_the_factor_first():
+    """Bad medical answers among good ones, scored against the directions of unrelated drift."""
+    from grasp import Guard
+
+    world = organism.World(0)
+    model, tokenizer = organism.load()
+    settings = RunSettings(model="organism", data="-", out="-", lora_rank=8)
+    from grasp.finetune import add_lora
+
+    model = add_lora(model, settings)
+    persona = _persona_subspaces(model, tokenizer, world)
+    with Guard(model, persona) as guard:
+        bases = guard.bases
+    bad = [Row(**r) for r in world.rows("medicine", "held")]
+    good = [Row(**r) for r in world.rows("medicine", "held", good=True)]
+    ranked = screen(model, tokenizer, bad + good, bases, quiet=True)
+    first = [f["row"] < len(bad) for f in ranked[: len(bad)]]
+    assert np.mean(first) > 0.9
+    assert ranked == sorted(ranked, key=lambda f: -f["score"])
+
+
+def _persona_subspaces(model, tokenizer, world) -> Subspaces:
+    direction = _persona(model, tokenizer, world)
+    return Subspaces.from_bases({i: direction[:, None] for i in range(4)})
+
+
+def test_sweep_takes_up_what_is_done(tmp_path):
+    tiny = Settings(steps=10)
+    options = {"tasks": ["law"], "seeds": [0], "settings": tiny, "quiet": True, "workers": 1}
+    first = sweep(tmp_path, methods=["plain", "stopped"], **options)
+    kept = next(tmp_path.glob("*.json"))
+    before = kept.stat().st_mtime_ns
+    again = sweep(tmp_path, methods=["plain", "stopped"], **options)
+    assert kept.stat().st_mtime_ns == before
+    assert [r["drift"] for r in first] == [r["drift"] for r in again]
+    assert [r["method"] for r in first] == ["plain", "stopped"]
+    with pytest.raises(ValueError, match="tasks has 'chess'"):
+        sweep(tmp_path, tasks=["chess"])
