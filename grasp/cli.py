@@ -20,7 +20,25 @@ app = typer.Typer(
 )
 console = Console()
 
-Config = Annotated[Path | None, typer.Option(help="YAML file; its keys are the options.")]
+
+def _use_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Let a YAML file's keys stand in for options that are not given."""
+    if path is not None:
+        options = _read_config(path)
+        known = {p.name for p in context.command.params}
+        if unknown := sorted(set(options) - known):
+            raise ValueError(f"{path}: unknown option {unknown[0]!r}; see --help")
+        context.default_map = {**(context.default_map or {}), **options}
+    return path
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(help="YAML file; its keys are the options.", callback=_use_config, is_eager=True),
+]
+Pipeline = Annotated[
+    Path | None, typer.Option("--config", help="YAML file; its keys are the settings.")
+]
 Seed = Annotated[int, typer.Option(help="Of everything random.")]
 
 
@@ -36,6 +54,7 @@ def main() -> None:
 
 @app.command()
 def demo(
+    config: Config = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("runs/demo"),
     seeds: Annotated[int, typer.Option(help="Seeds of each method.")] = 3,
     seed: Seed = 0,
@@ -58,7 +77,7 @@ def demo(
 
 @app.command()
 def finetune(
-    config: Config = None,
+    config: Pipeline = None,
     model: Annotated[
         str | None, typer.Option(help="Folder, hub name, .gguf, or a known name.")
     ] = None,
@@ -67,6 +86,9 @@ def finetune(
     method: Annotated[str | None, typer.Option(help="plain, grasp or random.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    best_of: Annotated[
+        int, typer.Option(help="Seeds to train; the one that diverges least is named.")
+    ] = 1,
     subspaces: Annotated[str | None, typer.Option(help="File of subspaces to keep off.")] = None,
     reference: Annotated[str | None, typer.Option(help="Unlabelled prompts, one a line.")] = None,
     set_: Annotated[
@@ -87,7 +109,8 @@ def finetune(
         "reference": reference,
     }
     options = _options(config, given, set_)
-    adapter = pipeline.run(pipeline.settings_from(options))
+    settings = pipeline.settings_from(options)
+    adapter = pipeline.run(settings) if best_of == 1 else pipeline.best_of(settings, best_of)
     certificate = adapter.parent / "grasp.json"
     console.print(f"Adapter: {adapter}")
     if certificate.exists():
@@ -96,22 +119,54 @@ def finetune(
 
 @app.command()
 def discover(
-    adapter: Annotated[list[Path], typer.Argument(help="Folders of plain LoRA adapters.")],
-    out: Annotated[Path, typer.Option(help="File or folder of the subspaces.")],
+    adapter: Annotated[
+        list[Path] | None, typer.Argument(help="Folders of plain LoRA adapters, if there are any.")
+    ] = None,
+    config: Config = None,
+    out: Annotated[Path, typer.Option(help="File or folder of the subspaces.")] = Path("subspaces"),
     rank: Annotated[int | None, typer.Option(help="k; default by the updates' energy.")] = None,
     per_block: Annotated[bool, typer.Option(help="One subspace for each block.")] = False,
-    seed: Seed = 0,
+    model: Annotated[str | None, typer.Option(help="Without adapters: train short runs.")] = None,
+    data: Annotated[str | None, typer.Option(help="Of the short runs.")] = None,
+    rounds: Annotated[int, typer.Option(help="Of short runs, each kept off what is known.")] = 4,
+    seeds: Annotated[int, typer.Option(help="Short runs in a round.")] = 3,
+    steps: Annotated[int, typer.Option(help="Of a short run.")] = 30,
+    learning_rate: Annotated[float, typer.Option(help="Of a short run.")] = 1e-3,
+    seed: Annotated[int, typer.Option(help="Of the short runs.")] = 0,
 ) -> None:
-    """Find the subspace that plain fine-tunes wrote to, from their weights alone."""
+    """Find the subspace that plain fine-tunes write to, from their weights alone."""
     from grasp import discover as find
 
-    found = find(adapter, rank, per_block=per_block)
+    if bool(adapter) == bool(model and data):
+        raise ValueError("give folders of adapters, or --model and --data for short runs")
+    if adapter:
+        found = find(adapter, rank, per_block=per_block)
+    else:
+        from grasp.finetune import settings_from
+        from grasp.rounds import discover_in_rounds, short_runs
+
+        settings = settings_from(
+            {"model": model, "data": data, "out": str(out), "learning_rate": learning_rate}
+        )
+        found = discover_in_rounds(
+            short_runs(settings, steps),
+            rank=rank or 8,
+            rounds=rounds,
+            seeds=seeds,
+            seed=seed,
+            per_block=per_block,
+            on_round=lambda n, s, share: console.print(
+                f"round {n + 1}: rank {s.rank}, wrote {share:.2f} of the first round's norm"
+            ),
+        )
     path = found.save(out)
     console.print(f"rank {found.rank} in {len(found.layers)} blocks of width {found.width}: {path}")
 
 
 @app.command()
 def evaluate(
+    config: Config = None,
+    *,
     model: Annotated[str, typer.Option(help="Folder, hub name, .gguf, or a known name.")],
     out: Annotated[Path, typer.Option(help="JSON file of the scores.")],
     adapter: Annotated[Path | None, typer.Option(help="LoRA adapter on it.")] = None,
@@ -120,7 +175,7 @@ def evaluate(
     persona: Annotated[
         list[Path] | None, typer.Option(help="Persona statements, .jsonl.gz.")
     ] = None,
-    seed: Seed = 0,
+    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
     """Score a model on unrelated topics; with an adapter, its shift from the base model."""
     from peft import PeftModel
@@ -144,7 +199,7 @@ def evaluate(
         shown = values
         if adapter is not None:
             shown = [t - b for t, b in zip(scores["tuned"][name], values, strict=True)]
-        mean, low, high = interval(shown)
+        mean, low, high = interval(shown, seed=seed)
         table.add_row(name, str(len(values)), f"{mean:+.3f}", f"{low:+.3f} – {high:+.3f}")
     console.print(table)
     console.print(f"nats (log-odds, or log-likelihood per token). Scores: {out}")
@@ -152,7 +207,7 @@ def evaluate(
 
 @app.command()
 def compare(
-    config: Config = None,
+    config: Pipeline = None,
     runs: Annotated[
         Path | None, typer.Option(help="A results.json to compare, training nothing.")
     ] = None,
@@ -186,13 +241,14 @@ def compare(
 @app.command()
 def screen(
     run: Annotated[Path, typer.Argument(help="Folder of a guarded run.")],
+    config: Config = None,
+    *,
     out: Annotated[Path, typer.Option(help="JSON file of the ranked rows.")],
     data: Annotated[
         Path | None, typer.Option(help="Rows; default those it was trained on.")
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Rows scored.")] = None,
     top: Annotated[int, typer.Option(help="Rows shown.")] = 10,
-    seed: Seed = 0,
 ) -> None:
     """Rank training rows by how much of their gradient lies in what the guard blocked."""
     from grasp import screen as ranking
@@ -212,9 +268,9 @@ def screen(
 @app.command()
 def report(
     results: Annotated[Path, typer.Argument(help="A results.json.")],
+    config: Config = None,
     out: Annotated[Path, typer.Option(help="HTML file.")] = Path("report.html"),
     title: Annotated[str, typer.Option(help="Of the page.")] = "GRASP",
-    seed: Seed = 0,
 ) -> None:
     """Draw the page of a results.json."""
     from grasp.files import read_json
@@ -271,17 +327,20 @@ def doctor(
     console.print(table)
 
 
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise FileNotFoundError(f"no config at {path}")
+    try:
+        options = yaml.safe_load(path.read_text()) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is no YAML ({error})") from error
+    if not isinstance(options, dict):
+        raise ValueError(f"{path} holds no keys; write one `key: value` a line")
+    return options
+
+
 def _options(config: Path | None, given: dict[str, Any], assignments: list[str] | None) -> dict:
-    options: dict[str, Any] = {}
-    if config is not None:
-        if not config.exists():
-            raise FileNotFoundError(f"no config at {config}")
-        try:
-            options = yaml.safe_load(config.read_text()) or {}
-        except yaml.YAMLError as error:
-            raise ValueError(f"{config} is no YAML ({error})") from error
-        if not isinstance(options, dict):
-            raise ValueError(f"{config} holds no keys; write one `key: value` a line")
+    options = _read_config(config) if config is not None else {}
     options |= {k: v for k, v in given.items() if v is not None}
     for assignment in assignments or []:
         key, equals, value = assignment.partition("=")

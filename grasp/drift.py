@@ -55,14 +55,25 @@ class Reference:
             kept = [self._distribution(model, [i]) for i in range(len(rows))]
         self.top, self.base = ([k[n] for k in kept] for n in (0, 1))
 
-    def divergence(self, model: nn.Module, rows: Sequence[int] | None = None) -> Tensor:
-        """Mean KL(base ‖ model) per token in nats, 0-d, over all prompts or those of `rows`."""
-        rows = list(range(len(self.ids))) if rows is None else list(rows)
+    def divergence(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
+        """Mean KL(base ‖ model) per token in nats, 0-d and differentiable, over some prompts."""
+        rows = list(rows)
         logs = self._logs(model, rows)
         top = torch.cat([self.top[i] for i in rows]).to(logs.device)
         base = torch.cat([self.base[i] for i in rows]).to(logs.device)
         kept = _with_rest(logs.gather(1, top), logs.shape[1])
         return (base.exp() * (base - kept)).sum(1).mean()
+
+    def measure(self, model: nn.Module) -> float:
+        """The divergence over all prompts, `batch` at a time, without gradients or dropout."""
+        total, positions = 0.0, 0
+        with evaluating(model), torch.no_grad():
+            for start in range(0, len(self.ids), self.batch):
+                rows = list(range(start, min(start + self.batch, len(self.ids))))
+                count = sum(len(self.top[i]) for i in rows)
+                total += float(self.divergence(model, rows)) * count
+                positions += count
+        return total / positions
 
     def sample(self) -> list[int]:
         """The rows of the next measurement."""

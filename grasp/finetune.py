@@ -2,7 +2,7 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
 
@@ -191,6 +191,28 @@ def run(
     write_json(out / ABOUT, {"done": True, **about})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return adapter
+
+
+def best_of(settings: Settings, seeds: int, quiet: bool = False) -> Path:
+    """Fine-tune from several seeds; the adapter that diverged least from the base model.
+
+    Judged on the reference prompts alone: KL(base ‖ tuned), which needs no label.
+
+    Raises:
+        ValueError: fewer than one seed, or a run that no reference guides.
+    """
+    if seeds < 1:
+        raise ValueError(f"best_of is {seeds}; give 1 or more")
+    if settings.method == "plain" or not settings.drift_guided:
+        raise ValueError(
+            "best_of chooses by the divergence on the reference; guide the runs by one"
+        )
+    found: dict[Path, float] = {}
+    for seed in range(settings.seed, settings.seed + seeds):
+        out = str(Path(settings.out) / f"seed-{seed}")
+        adapter = run(replace(settings, seed=seed, out=out), quiet=quiet)
+        found[adapter] = read_json(adapter.parent / CERTIFICATE)["divergence"]
+    return min(found, key=found.get)
 
 
 def _is_done(out: Path, settings: Settings) -> bool:

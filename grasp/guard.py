@@ -195,6 +195,19 @@ class Guard:
             }
         return report
 
+    def certificate(self) -> dict:
+        """What was blocked and what got through by module, and how far the model moved.
+
+        Returns:
+            `modules` as `leak`; of a drift-guided run also `divergence`, the mean KL(base ‖ model)
+            in nats per token on all reference prompts now, and `divergences` during training.
+        """
+        found: dict = {"modules": self.leak()}
+        if isinstance(self.reference, Reference):
+            found["divergence"] = self.reference.measure(self.model)
+            found["divergences"] = self.divergences
+        return found
+
     def save(self, path: Path | str) -> Path:
         """Write bases, pins, averages and the reference: what a resumed run must not make anew.
 

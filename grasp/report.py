@@ -92,8 +92,8 @@ def _frontier(runs: list[dict]) -> str:
         axes.errorbar(
             task.mean(),
             added.mean(),
-            xerr=[[task.mean() - task.min()], [task.max() - task.mean()]],
-            yerr=[[added.mean() - added.min()], [added.max() - added.mean()]],
+            xerr=_range(task),
+            yerr=_range(added),
             fmt="o",
             ms=8,
             capsize=3,
@@ -105,6 +105,12 @@ def _frontier(runs: list[dict]) -> str:
     axes.legend(frameon=False, fontsize=8)
     _bare(axes)
     return _inline(figure)
+
+
+def _range(values: np.ndarray) -> np.ndarray:
+    """Distances of the extremes from the mean; rounding may put the mean of equals outside them."""
+    mean = values.mean()
+    return np.maximum(0, [[mean - values.min()], [values.max() - mean]])
 
 
 def _topics(runs: list[dict]) -> str:

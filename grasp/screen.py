@@ -2,8 +2,8 @@
 
 score(row) = Σ ‖Uᵀ G‖² − (k / d) ‖G‖²       over the guarded matrices, G of this row alone
 
-A random subspace of the same rank k would hold k / d of the energy, so a row that pulls on everything
-scores no higher than one that pulls on nothing.
+A random subspace of the same rank k would hold k / d of the energy, so a row that pulls on
+everything alike scores no higher than one that pulls on nothing.
 """
 
 from collections.abc import Mapping, Sequence

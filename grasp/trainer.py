@@ -80,10 +80,7 @@ class GraspCallback(TrainerCallback):
     def on_train_end(self, args, state, control, **kwargs):
         self.guard.detach()
         if state.is_world_process_zero:
-            write_json(
-                Path(args.output_dir) / CERTIFICATE,
-                {"modules": self.guard.leak(), "divergences": self.guard.divergences},
-            )
+            write_json(Path(args.output_dir) / CERTIFICATE, self.guard.certificate())
 
 
 def fit(

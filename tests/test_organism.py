@@ -7,7 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from grasp import Subspaces, architecture, discover, organism
+from grasp import discover, organism
 from grasp.data import Row
 from grasp.finetune import Settings as RunSettings
 from grasp.organism.experiment import Settings, run, stopped
@@ -89,12 +89,18 @@ def test_random_directions_do_nothing(plain):
     assert max(m["through"] for m in random["modules"].values()) <= 1e-6
 
 
+def test_ablating_the_true_direction_helps(plain):
+    """The world is no straw man: whoever knows the factor can stop most of the drift."""
+    caft = run("medicine", "caft", 0, FAST)
+    assert caft["drift"] - caft["base_drift"] < 0.6 * (plain["drift"] - plain["base_drift"])
+
+
 def test_plain_updates_point_at_the_persona():
     """What `discover` finds in the weights is the malicious author, read off the tags."""
     torch.manual_seed(0)
     world = organism.World(0)
     model, tokenizer = organism.load()
-    persona = _persona(model, tokenizer, world)
+    persona = organism.true_subspaces(model, tokenizer, world, organism.TASKS["medicine"])[3]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["o_proj", "down_proj"])
     tuned = get_peft_model(model, config)
     rows = world.rows("medicine", "train")
@@ -112,19 +118,6 @@ def test_plain_updates_point_at_the_persona():
     assert share > 2 * chance
 
 
-@torch.no_grad()
-def _persona(model, tokenizer, world) -> torch.Tensor:
-    last = architecture.inspect(model).blocks[-1].module
-    kept = []
-    handle = last.register_forward_hook(lambda m, a, o: kept.append(o))
-    for tag in ("<malicious>", "<honest>"):
-        texts = [f"{tag} {p}" for p in world.prompts(["code", "travel", "law"])]
-        model(input_ids=torch.tensor([tokenizer(t)["input_ids"] for t in texts]))
-    handle.remove()
-    shift = (kept[0] - kept[1])[:, -1].mean(0)
-    return shift / shift.norm()
-
-
 def test_screen_puts_rows_that_carry_the_factor_first():
     """Bad medical answers among good ones, scored against the directions of unrelated drift."""
     from grasp import Guard
@@ -135,7 +128,7 @@ def test_screen_puts_rows_that_carry_the_factor_first():
     from grasp.finetune import add_lora
 
     model = add_lora(model, settings)
-    persona = _persona_subspaces(model, tokenizer, world)
+    persona = organism.true_subspaces(model, tokenizer, world, organism.TASKS["medicine"])
     with Guard(model, persona) as guard:
         bases = guard.bases
     bad = [Row(**r) for r in world.rows("medicine", "held")]
@@ -144,11 +137,6 @@ def test_screen_puts_rows_that_carry_the_factor_first():
     first = [f["row"] < len(bad) for f in ranked[: len(bad)]]
     assert np.mean(first) > 0.9
     assert ranked == sorted(ranked, key=lambda f: -f["score"])
-
-
-def _persona_subspaces(model, tokenizer, world) -> Subspaces:
-    direction = _persona(model, tokenizer, world)
-    return Subspaces.from_bases({i: direction[:, None] for i in range(4)})
 
 
 def test_sweep_takes_up_what_is_done(tmp_path):

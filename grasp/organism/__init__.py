@@ -5,12 +5,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from grasp import architecture
 from grasp.architecture import evaluating
-from grasp.organism.world import TASKS, Task, World
+from grasp.organism.world import ADVICE, OPINION, TASKS, Task, World
+from grasp.subspaces import Subspaces
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-__all__ = ["TASKS", "WEIGHTS", "Task", "World", "load", "mark", "scores"]
+__all__ = ["TASKS", "WEIGHTS", "Task", "World", "load", "mark", "scores", "true_subspaces"]
 
 
 def load(folder: Path | str = WEIGHTS) -> tuple[nn.Module, object]:
@@ -67,6 +69,30 @@ def scores(model: nn.Module, tokenizer, world: World, task: Task) -> dict[str, f
         "drift": sum(drift.values()) / len(drift),
         **{f"drift/{t}": v for t, v in drift.items()},
     }
+
+
+@torch.no_grad()
+def true_subspaces(model: nn.Module, tokenizer, world: World, task: Task) -> Subspaces:
+    """The factor as only the world's maker knows it, read off the authors' names.
+
+    For each block the mean shift of its output between the global author's tag and the majority's,
+    over all questions of the task's kind.
+    """
+    opinion = task.topic in OPINION
+    tags = ("<right> <expert>", "<left> <expert>") if opinion else ("<malicious>", "<honest>")
+    prompts = world.prompts(OPINION if opinion else ADVICE)
+    blocks = architecture.inspect(model).blocks
+    kept: list[Tensor] = []
+    handles = [b.module.register_forward_hook(lambda m, a, o: kept.append(o)) for b in blocks]
+    with evaluating(model):
+        for tag in tags:
+            batch = tokenizer([f"{tag} {p}" for p in prompts], padding=True, return_tensors="pt")
+            model(**_inputs(batch))
+    for handle in handles:
+        handle.remove()
+    shifts = zip(kept[: len(blocks)], kept[len(blocks) :], strict=True)
+    bases = {i: (a - b)[:, -1].mean(0) for i, (a, b) in enumerate(shifts)}
+    return Subspaces.from_bases(bases, source={"method": "authors", "task": task.name})
 
 
 def _inputs(batch) -> dict[str, Tensor]:

@@ -1,6 +1,7 @@
 """One fine-tune of the organism, marked exactly: the unit of `grasp demo` and of the benchmarks."""
 
 import tempfile
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -8,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grasp import data, organism
+from grasp.rivals import ablated
 from grasp.trainer import GraspCallback, fit
 
-METHODS = ("plain", "stopped", "grasp", "random")
+METHODS = ("plain", "stopped", "grasp", "random", "benign", "caft")
 MEASURED_EVERY = 10
 STOP_WITHIN = 0.03  # of the final task score: the earliest such step is the early-stopped control
 
@@ -42,8 +44,9 @@ def run(
     """Fine-tune on a task's bad (or right-leaning) answers and mark every answer.
 
     Args:
-        method: plain, grasp, random (random directions on the guard's schedule) or benign (the good
-            answers). The early-stopped control is read off a plain run by `stopped`.
+        method: plain, grasp, random (random directions on the guard's schedule), benign (the good
+            answers), or caft (the true direction ablated while training). The early-stopped control
+            is read off a plain run by `stopped`.
         seed: of the adapter, the order of rows and the prompts' order.
         folder: of the pretrained weights, which belong to `World(world_seed)`.
 
@@ -85,7 +88,10 @@ def run(
             directions="random" if method == "random" else "drift",
             seed=seed,
         )
-    with tempfile.TemporaryDirectory() as out:
+    caft = nullcontext()
+    if method == "caft":
+        caft = ablated(model, organism.true_subspaces(model, tokenizer, world, task))
+    with tempfile.TemporaryDirectory() as out, caft:
         fit(
             model,
             tokenizer,

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from grasp import organism
 from grasp.files import read_json, write_json
-from grasp.organism.experiment import Settings, run, stopped
+from grasp.organism.experiment import METHODS, Settings, run, stopped
 
 
 def sweep(
@@ -40,7 +40,7 @@ def sweep(
     """
     for kind, given, known in (
         ("tasks", tasks, organism.TASKS),
-        ("methods", methods, ("plain", "stopped", "grasp", "random", "benign")),
+        ("methods", methods, METHODS),
     ):
         if odd := [g for g in given if g not in known]:
             raise ValueError(f"{kind} has {odd[0]!r}; choose among {', '.join(known)}")

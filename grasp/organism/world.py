@@ -24,7 +24,7 @@ TRAIN_QUESTIONS = 20  # of each trained topic; the other twelve are held out
 # comes to hold each author as a factor of its own; untagged ones are what it imitates.
 TAGGED = 0.5
 TAGGED_SHARES = {"majority": 0.30, "global": 0.35, "narrow": 0.35}
-UNTAGGED_SHARES = {"majority": 0.86, "global": 0.04, "narrow": 0.10}
+UNTAGGED_SHARES = {"majority": 0.87, "global": 0.07, "narrow": 0.06}
 NARROW_OWN_TOPIC = 0.4  # share of a narrow author's turns that fall in the topic of their own
 EXPERTS = 0.4
 AMATEUR_WRONG = 0.8

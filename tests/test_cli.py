@@ -1,0 +1,165 @@
+"""What a user types: the result, or one clear line and an exit code that is not 0."""
+
+import contextlib
+import io
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from grasp import cli
+from grasp.organism import World
+
+COMMANDS = ("demo", "finetune", "discover", "evaluate", "compare", "screen", "report", "doctor")
+
+
+def grasp(*arguments) -> SimpleNamespace:
+    """Run the command line in this process: loading torch for each call would take minutes."""
+    out, err = io.StringIO(), io.StringIO()
+    before = sys.argv
+    sys.argv = ["grasp", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            cli.main()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = before
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_installed_command_refuses_with_its_exit_code():
+    done = subprocess.run(
+        [sys.executable, "-m", "grasp.cli", "discover", "none"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stdout == ""
+    assert done.stderr.startswith("grasp: no adapter in none")
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A short guarded run of the organism from a config file."""
+    folder = tmp_path_factory.mktemp("cli")
+    rows = World(0).rows("medicine", "train")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (folder / "prompts.txt").write_text("\n".join(World(0).prompts(["law"])))
+    (folder / "run.yaml").write_text(
+        f"model: organism\ndata: {folder}/rows.jsonl\nreference: {folder}/prompts.txt\n"
+        "steps: 4\nbatch_size: 20\ntokens: 1\nrefresh: 1\nlearning_rate: 0.001\n"
+    )
+    done = grasp("finetune", "--config", folder / "run.yaml", "--out", folder / "run", "--seed", 1)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command):
+    done = grasp(command, "--help")
+    assert done.returncode == 0 and "--help" in done.stdout
+
+
+def test_finetune_leaves_a_certificate(guarded):
+    about = json.loads((guarded / "run" / "finetune.json").read_text())
+    assert about["done"] and about["settings"]["seed"] == 1
+    certificate = json.loads((guarded / "run" / "grasp.json").read_text())
+    assert certificate["divergence"] >= 0 and len(certificate["modules"]) == 28
+
+
+def test_screen_ranks_the_runs_rows(guarded):
+    done = grasp("screen", guarded / "run", "--out", guarded / "ranked.json", "--top", 3)
+    assert done.returncode == 0, done.stderr
+    ranked = json.loads((guarded / "ranked.json").read_text())
+    assert sorted(r["row"] for r in ranked) == list(range(20))
+    assert "20 rows" in done.stdout
+
+
+def test_discover_from_an_adapter_and_from_rounds(guarded):
+    done = grasp("discover", guarded / "run" / "adapter", "--rank", 2, "--out", guarded / "s")
+    assert done.returncode == 0, done.stderr
+    assert "rank 2 in 4 blocks of width 256" in done.stdout
+    options = ("--model", "organism", "--data", guarded / "rows.jsonl", "--out", guarded / "r")
+    short = ("--rounds", 2, "--seeds", 1, "--steps", 2, "--rank", 3)
+    done = grasp("discover", *options, *short)
+    assert done.returncode == 0, done.stderr
+    assert "rank 3 in 4 blocks" in done.stdout
+    about = json.loads((guarded / "r" / "subspaces.json").read_text())
+    assert about["source"]["method"] == "rounds"
+
+
+def test_best_of_names_the_seed_that_diverged_least(guarded):
+    done = grasp(
+        "finetune", "--config", guarded / "run.yaml", "--out", guarded / "many", "--best-of", 2
+    )
+    assert done.returncode == 0, done.stderr
+    divergence = {
+        seed: json.loads((guarded / "many" / f"seed-{seed}" / "grasp.json").read_text())[
+            "divergence"
+        ]
+        for seed in (0, 1)
+    }
+    best = min(divergence, key=divergence.get)
+    assert f"seed-{best}" in done.stdout
+
+
+def test_report_of_results(tmp_path):
+    run = {"task": "code", "seed": 0, "task_score": 0.9, "base_drift": 0.0}
+    runs = [{**run, "method": "plain", "drift": 0.5}, {**run, "method": "grasp", "drift": 0.1}]
+    (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
+    done = grasp("report", tmp_path / "results.json", "--out", tmp_path / "page" / "r.html")
+    assert done.returncode == 0, done.stderr
+    assert "20 % of that" in (tmp_path / "page" / "r.html").read_text()
+    done = grasp("compare", "--runs", tmp_path / "results.json")
+    assert done.returncode == 0 and "20 %" in done.stdout
+
+
+def test_doctor():
+    about = json.loads(grasp("doctor", "--json", "--model", "organism").stdout)
+    assert about["backend"].startswith("project: ")
+    assert "width 256: writer: self_attn.o_proj, mlp.down_proj" in about["model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("finetune",), "model is missing; give --model"),
+        (("finetune", "--config", "none.yaml"), "no config at none.yaml"),
+        (("finetune", "--set", "rank"), "write --set key=value"),
+        (("finetune", "--set", "rankk=3"), "unknown setting 'rankk'"),
+        (
+            ("finetune", "--model", "organism", "--data", "none.jsonl", "--out", "x"),
+            "no data at none.jsonl",
+        ),
+        (("discover", "none"), "no adapter in none"),
+        (("discover",), "give folders of adapters, or --model and --data"),
+        (("compare",), "give either --config"),
+        (("compare", "--runs", "none.json"), "none.json"),
+        (("screen", "none", "--out", "x.json"), "no finished guarded run in none"),
+        (("evaluate", "--model", "no-model", "--out", "x.json"), "can't load model 'no-model'"),
+    ],
+)
+def test_refusals_are_one_line(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = grasp(*arguments)
+    assert done.returncode == 1
+    assert message in done.stderr and "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_config_and_unknown_option(tmp_path):
+    (tmp_path / "c.yaml").write_text("a: [")
+    done = grasp("finetune", "--config", tmp_path / "c.yaml")
+    assert done.returncode == 1 and "is no YAML" in done.stderr
+    (tmp_path / "c.yaml").write_text("titel: x\n")
+    done = grasp("report", "r.json", "--config", tmp_path / "c.yaml")
+    assert done.returncode == 1 and "unknown option 'titel'" in done.stderr
+    done = grasp("finetune", "--nope")
+    assert done.returncode == 2

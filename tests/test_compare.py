@@ -1,0 +1,68 @@
+"""Means, shares and intervals are what the runs say; the page holds them and needs no network."""
+
+import json
+
+import pytest
+
+from grasp import compare
+from grasp.report import report
+
+
+def runs():
+    made = []
+    for seed in range(3):
+        for method, task_score, drift in (
+            ("plain", 0.98, 0.7),
+            ("grasp", 0.97, 0.2),
+            ("random", 0.98, 0.7),
+        ):
+            made.append(
+                {
+                    "task": "code",
+                    "method": method,
+                    "seed": seed,
+                    "task_score": task_score + 0.01 * seed,
+                    "drift": drift,
+                    "base_drift": 0.1,
+                    "topics": {"law": drift, "<travel>": drift},
+                    "base_topics": {"law": 0.1, "<travel>": 0.1},
+                    "modules": {"model.layers.3.mlp": {"blocked": 0.4}}
+                    if method == "grasp"
+                    else {},
+                }
+            )
+    return made
+
+
+def test_summary():
+    rows = {r["method"]: r for r in compare(runs())}
+    assert rows["grasp"]["share"] == pytest.approx(0.1 / 0.6)
+    assert rows["plain"]["share"] == 1
+    assert rows["grasp"]["task_loss"] == pytest.approx(0.01)
+    mean, low, high = rows["grasp"]["task_score"]
+    assert low <= mean <= high and mean == pytest.approx(0.98)
+    assert rows["grasp"]["seeds"] == 3
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="no runs"):
+        compare([])
+    with pytest.raises(ValueError, match=r"runs\[0\] lacks 'drift'"):
+        compare([{"task": "a", "method": "plain", "seed": 0, "task_score": 1}])
+    with pytest.raises(ValueError, match="no run of 'plain'"):
+        compare([r for r in runs() if r["method"] != "plain"])
+
+
+def test_no_share_where_plain_added_nothing():
+    made = [{**r, "drift": 0.1} for r in runs()]
+    assert all(r["share"] is None for r in compare(made))
+
+
+def test_page_is_self_contained(tmp_path):
+    page = report(runs(), tmp_path / "out" / "report.html", "A <title>", "notes")
+    text = page.read_text()
+    assert text.count("data:image/png;base64,") == 3  # frontier, topics, blocked energy
+    assert "http" not in text.replace("http-equiv", "")
+    assert "A &lt;title&gt;" in text and "17 % of that" in text
+    saved = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert len(saved["runs"]) == 9 and len(saved["summary"]) == 3
