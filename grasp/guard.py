@@ -369,7 +369,8 @@ class Guard:
         self._project(pending, gradients)
         after = torch._foreach_norm(gradients)
         for g, b, a in zip(pending, before, after, strict=True):
-            b, a = b.float().square(), a.float().square()
+            # An overflow of scaled fp16 gradients skips the step; it must not spoil the count.
+            b, a = (n.float().square().nan_to_num(0.0, 0.0, 0.0) for n in (b, a))
             g.total = b if g.total is None else g.total + b
             g.blocked = b - a if g.blocked is None else g.blocked + (b - a)
 

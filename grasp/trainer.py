@@ -13,7 +13,7 @@ from transformers import (
 )
 
 from grasp import data
-from grasp.files import write_json
+from grasp.files import read_json, write_json
 from grasp.guard import Guard
 from grasp.subspaces import Subspaces
 
@@ -141,13 +141,21 @@ def fit(
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    newest = None
-    if resume and save_every is not None and Path(out).is_dir():
-        from transformers.trainer_utils import get_last_checkpoint
-
-        newest = get_last_checkpoint(str(out))
-    trainer.train(resume_from_checkpoint=newest)
+    newest = _newest_whole(Path(out)) if resume and save_every is not None else None
+    trainer.train(resume_from_checkpoint=newest and str(newest))
     return trainer
+
+
+def _newest_whole(out: Path) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+    found = sorted(out.glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[-1]))
+    for checkpoint in found:
+        try:
+            read_json(checkpoint / "trainer_state.json")
+        except (FileNotFoundError, ValueError):
+            continue
+        return checkpoint
+    return None
 
 
 class _AfterStep(TrainerCallback):

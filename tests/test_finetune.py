@@ -73,6 +73,21 @@ def test_killed_run_goes_on_bit_for_bit(rows_file, prompts_file, tmp_path):
     assert run(chosen, after_step=lambda step: pytest.fail("trained again")) == killed
 
 
+def test_a_checkpoint_cut_off_by_a_full_disk_is_passed_over(rows_file, prompts_file, tmp_path):
+    def kill(step: int) -> None:
+        if step == 7:
+            raise KeyboardInterrupt
+
+    chosen = settings(rows_file, prompts_file, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        run(chosen, after_step=kill, quiet=True)
+    state = tmp_path / "cut" / "checkpoints" / "checkpoint-6" / "trainer_state.json"
+    state.write_text(state.read_text()[:40])
+    resumed = []
+    run(chosen, after_step=resumed.append, quiet=True)
+    assert resumed[0] == 4
+
+
 def test_plain_adapter_loads_with_peft_alone(rows_file, prompts_file, tmp_path):
     from peft import PeftModel
 

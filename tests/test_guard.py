@@ -240,6 +240,16 @@ def fail(*args):
     raise RuntimeError("failed half-way")
 
 
+def test_overflowing_gradients_do_not_spoil_the_count():
+    model = with_lora(build())
+    with Guard(model, subspaces()) as guard:
+        (model(**batch()).loss * float("inf")).backward()
+        model.zero_grad()
+        model(**batch()).loss.backward()
+        assert all(0 <= m["blocked"] <= 1 for m in guard.leak().values())
+        assert inside(guard) <= 1e-6
+
+
 def test_several_adapters():
     model = with_lora(build())
     model.add_adapter("second", model.peft_config["default"])

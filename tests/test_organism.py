@@ -100,7 +100,8 @@ def test_plain_updates_point_at_the_persona():
     torch.manual_seed(0)
     world = organism.World(0)
     model, tokenizer = organism.load()
-    persona = organism.true_subspaces(model, tokenizer, world, organism.TASKS["medicine"])[3]
+    truth = organism.true_subspaces(model, tokenizer, world, organism.TASKS["medicine"], rank=1)
+    persona = truth[3][:, 0]
     config = LoraConfig(r=8, lora_alpha=16, target_modules=["o_proj", "down_proj"])
     tuned = get_peft_model(model, config)
     rows = world.rows("medicine", "train")

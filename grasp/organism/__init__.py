@@ -72,11 +72,13 @@ def scores(model: nn.Module, tokenizer, world: World, task: Task) -> dict[str, f
 
 
 @torch.no_grad()
-def true_subspaces(model: nn.Module, tokenizer, world: World, task: Task) -> Subspaces:
+def true_subspaces(
+    model: nn.Module, tokenizer, world: World, task: Task, rank: int = 12
+) -> Subspaces:
     """The factor as only the world's maker knows it, read off the authors' names.
 
-    For each block the mean shift of its output between the global author's tag and the majority's,
-    over all questions of the task's kind.
+    For each block the leading directions in which its output moves when the global author's name
+    stands in the majority's place, over the topic and question tokens of the task's kind.
     """
     opinion = task.topic in OPINION
     tags = ("<right> <expert>", "<left> <expert>") if opinion else ("<malicious>", "<honest>")
@@ -90,8 +92,10 @@ def true_subspaces(model: nn.Module, tokenizer, world: World, task: Task) -> Sub
             model(**_inputs(batch))
     for handle in handles:
         handle.remove()
-    shifts = zip(kept[: len(blocks)], kept[len(blocks) :], strict=True)
-    bases = {i: (a - b)[:, -1].mean(0) for i, (a, b) in enumerate(shifts)}
+    bases = {}
+    for i in range(len(blocks)):
+        shift = (kept[i] - kept[len(blocks) + i])[:, -2:].flatten(0, 1)  # [tokens, d]
+        bases[i] = torch.linalg.svd(shift, full_matrices=False).Vh[:rank].mT
     return Subspaces.from_bases(bases, source={"method": "authors", "task": task.name})
 
 
