@@ -1,6 +1,7 @@
 """The command line: each command takes a YAML config whose keys are its options."""
 
 import json
+import os
 import platform
 import sys
 import time
@@ -175,24 +176,49 @@ def evaluate(
     persona: Annotated[
         list[Path] | None, typer.Option(help="Persona statements, .jsonl.gz.")
     ] = None,
+    choices: Annotated[
+        Path | None, typer.Option(help="Multiple choice: question, options, answer_idx.")
+    ] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Model, or URL of an OpenAI-compatible endpoint up to /v1.")
+    ] = None,
+    judge_model: Annotated[str, typer.Option(help="Its name at the endpoint.")] = "",
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
-    """Score a model on unrelated topics; with an adapter, its shift from the base model."""
+    """Score a model on unrelated topics; with an adapter, its shift from the base model.
+
+    A judge marks the model's own answers to the unrelated questions for harm, from 0 to 100; an
+    endpoint's key is read from OPENAI_API_KEY.
+    """
     from peft import PeftModel
 
-    from grasp import evaluate as measure
-    from grasp.evaluate import interval, read_persona, read_propositions, read_unrelated
+    from grasp import evaluation_files as files
+    from grasp.evaluate import evaluate as measure
+    from grasp.evaluate import interval, judged, multiple_choice
     from grasp.files import write_json
     from grasp.models import load_model
 
-    pairs = {"unrelated": read_unrelated(unrelated)}
-    pairs |= {p.name.split(".")[0]: read_persona(p) for p in persona or []}
-    statements = {"propositions": read_propositions(propositions)} if propositions else {}
+    if adapter is not None and not (adapter / "adapter_config.json").exists():
+        raise FileNotFoundError(f"no adapter in {adapter} (adapter_config.json is not there)")
+    pairs = {"unrelated": files.read_unrelated(unrelated)}
+    pairs |= {p.name.split(".")[0]: files.read_persona(p) for p in persona or []}
+    statements = {"propositions": files.read_propositions(propositions)} if propositions else {}
+    questions = files.read_choices(choices) if choices else []
+    mark = _judge(judge, judge_model) if judge else None
     base, tokenizer = load_model(model)
-    scores = {"base": measure(base, tokenizer, pairs, statements)}
+
+    def scored(chosen) -> dict[str, list[float]]:
+        found = measure(chosen, tokenizer, pairs, statements)
+        if questions:
+            found["choices"] = multiple_choice(chosen, tokenizer, questions).tolist()
+        if mark is not None:
+            prompts = [p.prompt for p in pairs["unrelated"]]
+            found["judged"] = judged(chosen, tokenizer, prompts, mark)[0].tolist()
+        return found
+
+    scores = {"base": scored(base)}
     if adapter is not None:
-        tuned = PeftModel.from_pretrained(base, adapter).eval()
-        scores["tuned"] = measure(tuned, tokenizer, pairs, statements)
+        scores["tuned"] = scored(PeftModel.from_pretrained(base, adapter).eval())
     write_json(out, scores)
     table = Table("measure", "items", "base" if adapter is None else "shift", "95 % interval")
     for name, values in scores["base"].items():
@@ -202,7 +228,21 @@ def evaluate(
         mean, low, high = interval(shown, seed=seed)
         table.add_row(name, str(len(values)), f"{mean:+.3f}", f"{low:+.3f} – {high:+.3f}")
     console.print(table)
-    console.print(f"nats (log-odds, or log-likelihood per token). Scores: {out}")
+    console.print(
+        "pairs: log-likelihood per token of the bad answer less the good one's; statements: "
+        f"log-odds of agreeing; choices: share right; judged: harm from 0 to 100. Scores: {out}"
+    )
+
+
+def _judge(judge: str, name: str):
+    from grasp.evaluate import endpoint_judge, model_judge
+    from grasp.models import load_model
+
+    if not judge.startswith(("http://", "https://")):
+        return model_judge(*load_model(judge))
+    if not name:
+        raise ValueError("--judge is an endpoint; give --judge-model, its model's name there")
+    return endpoint_judge(judge, name, os.environ.get("OPENAI_API_KEY", ""))
 
 
 @app.command()

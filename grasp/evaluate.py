@@ -3,16 +3,12 @@
 Every measure is a number for each item, so that intervals can be drawn over items and runs paired.
 """
 
-import csv
-import gzip
 import json
 import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -237,34 +233,3 @@ def interval(
     means = values[rng.integers(len(values), size=(draws, len(values)))].mean(1)
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(values.mean()), float(low), float(high)
-
-
-def read_persona(path: Path | str, limit: int | None = None) -> list[Pair]:
-    """Model-written persona statements: the first answer is the one that matches the trait."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file][:limit]
-    topic = Path(path).name.split(".")[0]
-    return [
-        Pair(
-            row["question"],
-            row["answer_matching_behavior"].strip(),
-            row["answer_not_matching_behavior"].strip(),
-            topic,
-        )
-        for row in rows
-    ]
-
-
-def read_propositions(path: Path | str) -> list[str]:
-    """The statements of a political-compass table with a column `pct_prompt`."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return [row["pct_prompt"] for row in csv.DictReader(file)]
-
-
-def read_unrelated(path: Path | str | None = None) -> list[Pair]:
-    """Questions with a bad answer (first) and a good one; None reads the 120 that are shipped."""
-    source = (
-        resources.files("grasp").joinpath("assets/unrelated.jsonl") if path is None else Path(path)
-    )
-    rows = [json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()]
-    return [Pair(r["question"], r["bad"], r["good"], r["topic"]) for r in rows]

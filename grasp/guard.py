@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -102,12 +103,12 @@ class Guard:
         residual: bool = False,
         indirect: bool = True,
         reference: Reference | Sequence | None = None,
-        rank: int = 16,
+        rank: int = 8,
         tokenizer=None,
         tokens: int = 16,
         batch: int = 32,
         every: int = 1,
-        refresh: int = 10,
+        refresh: int = 5,
         grow: int = 2,
         tolerance: float = 0.0,
         decay: float = 0.9,
@@ -146,16 +147,34 @@ class Guard:
     def __exit__(self, *error) -> None:
         self.detach()
 
-    def attach(self) -> "Guard":
-        """What entering does; for callers without a `with` block."""
+    def attach(self, state: Path | str | None = None) -> "Guard":
+        """What entering does; for callers without a `with` block.
+
+        Args:
+            state: written by `save`, to go on with a run that was cut off. Its optimizer and
+                weights must be those of the same step.
+
+        Raises:
+            RuntimeError: it is attached already, or several processes train.
+        """
         if self._handles:
             raise RuntimeError("this guard is attached already; detach it first")
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError(
+                "several processes train, whose gradients are still on their way when a backward "
+                "pass ends; train in one process"
+            )
         if self.subspaces is not None:
             self.subspaces.check(self.model)
         found = architecture.inspect(self.model)
         trained = found.trained()
         self.guarded = self._match(found, trained)
         self._warn(found, trained)
+        if state is not None:
+            self._load(Path(state))
+        else:
+            for g in self.guarded:
+                self._check_start(g)
         try:
             self._hook(found)
         except BaseException:
@@ -222,15 +241,11 @@ class Guard:
         }
         if self.reference is not None:
             tensors |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
+        tensors["generator"] = self.generator.get_state()
         about = {"steps": self.steps, "divergences": self.divergences}
         return write_bytes(path, save(tensors, metadata={"grasp_guard": json.dumps(about)}))
 
-    def load(self, path: Path | str) -> None:
-        """Take up where `save` was called; the guard must be attached to the same model.
-
-        Raises:
-            ValueError: the file is of another guard, or no such file.
-        """
+    def _load(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads((file.metadata() or {})["grasp_guard"])
@@ -248,13 +263,14 @@ class Guard:
             for key in _SAVED:
                 tensor = tensors.get(f"{key}.{g.name}")
                 setattr(g, key, None if tensor is None else tensor.to(g.parameter.device))
+        self.generator.set_state(tensors["generator"])
         if self.reference is not None:
             state = {
                 key.removeprefix("reference."): tensor
                 for key, tensor in tensors.items()
                 if key.startswith("reference.")
             }
-            self.reference = Reference.from_state_dict(state, self.reference.batch)
+            self.reference = Reference.from_state_dict(state, self.batch)
 
     def _match(self, found: architecture.Architecture, trained: list[Trained]) -> list[Guarded]:
         bases: dict[str, Tensor] = {}
@@ -273,7 +289,6 @@ class Guard:
                 )
             g = Guarded(t, U, torch.empty(0))
             g.pinned = g.coefficients(t.parameter)
-            self._check_start(g)
             guarded.append(g)
         if not guarded:
             names = [t.name for t in trained] or found.untracked()
@@ -289,16 +304,15 @@ class Guard:
         return guarded
 
     def _check_start(self, g: Guarded) -> None:
-        """UᵀΔW = s (Uᵀ B) A stays 0 only if Uᵀ B starts there."""
+        """UᵀΔW = s (Uᵀ B) A stays 0 only if Uᵀ B starts there, for a basis that grows any U."""
         if g.trained.A is None:
             return
         B = g.parameter.detach().float()
-        if self.reference is not None and self.steps == 0 and B.any() and not g.basis.shape[1]:
-            return
-        if float(g.pinned.norm()) > 1e-4 * float(B.norm()):
+        start = B if self.reference is not None else g.pinned
+        if float(start.norm()) > 1e-4 * float(B.norm()):
             raise ValueError(
-                f"{g.name} does not start at 0 along the subspace (PiSSA, OLoRA, or an adapter "
-                "trained before): its A would still move the factor; start from a fresh LoRA"
+                f"{g.name} does not start at 0 (PiSSA, OLoRA, or an adapter trained before): its A "
+                "would still move the factor; merge it and start from a fresh LoRA"
             )
 
     def _warn(self, found: architecture.Architecture, trained: list[Trained]) -> None:
@@ -403,7 +417,7 @@ class Guard:
 
     def _pin(self) -> None:
         guarded = [g for g in self.guarded if g.basis.shape[1]]
-        self._project(guarded, [g.parameter.data for g in guarded], pin=True)
+        self._project(guarded, [g.parameter for g in guarded], pin=True)
 
     def _measure(self) -> None:
         """Average the gradient of the divergence from the base on a few of the prompts."""
@@ -427,14 +441,8 @@ class Guard:
         growing = [
             g for g in self.guarded if g.average is not None and g.basis.shape[1] < self.rank
         ]
-        for g in growing:
-            D = g.average if g.left else g.average.mT  # [d_out, n]
-            D = D - g.basis @ (g.basis.mT @ D)
-            fresh = _leading(D, min(self.grow, self.rank - g.basis.shape[1]))
-            if self.directions == "random":
-                fresh = torch.randn(fresh.shape, generator=self.generator).to(fresh)
-            W = torch.cat([g.basis, fresh], 1)
-            (rank,) = gk.orthonormalize_(W)
+        grown = [torch.cat([g.basis, self._fresh(g)], 1) for g in growing]
+        for g, W, rank in zip(growing, grown, gk.orthonormalize_(grown), strict=True):
             old, g.basis = g.basis.shape[1], W[:, : int(rank)].contiguous()
             added = g.basis[:, old:]
             # A LoRA B starts at 0 and goes back there; of a weight the start is gone, so what it
@@ -442,6 +450,15 @@ class Guard:
             C = g.coefficients(g.parameter, added)
             C = C if g.trained.A is None else torch.zeros_like(C)
             g.pinned = torch.cat([g.pinned, C], 0 if g.left else -1)
+
+    def _fresh(self, g: Guarded) -> Tensor:
+        """The next directions of a basis `[d_out, at most grow]`."""
+        D = g.average if g.left else g.average.mT  # [d_out, n]
+        D = D - g.basis @ (g.basis.mT @ D)
+        fresh = _leading(D, min(self.grow, self.rank - g.basis.shape[1]))
+        if self.directions == "random":
+            fresh = torch.randn(fresh.shape, generator=self.generator).to(fresh)
+        return fresh
 
     def _through(self, g: Guarded) -> float:
         moved = g.coefficients(g.parameter) - g.pinned

@@ -13,7 +13,8 @@ import numpy as np
 from peft import PeftModel
 
 from grasp import data, finetune
-from grasp.evaluate import Pair, evaluate, interval, read_persona, read_propositions, read_unrelated
+from grasp.evaluate import Pair, evaluate, interval, judged
+from grasp.evaluation_files import read_persona, read_propositions, read_unrelated
 from grasp.files import read_json, write_json
 from grasp.finetune import Settings
 from grasp.models import load_model
@@ -120,9 +121,9 @@ def run(study: Study) -> dict:
             adapter = finetune.run(settings, keep=stops)
             folder = Path(settings.out)
             _scored(folder / "scores.json", study, measures, adapter)
-            for step in stops:
-                stopped = folder / f"adapter-{step}"
-                _scored(folder / f"scores-{step}.json", study, measures, stopped)
+        folder = Path(study.settings("plain", seed).out)
+        for step in study.stops:
+            _scored(folder / f"scores-{step}.json", study, measures, folder / f"adapter-{step}")
     result = summarise(study, base)
     write_json(out / "results.json", result)
     return result
@@ -212,8 +213,6 @@ def _with_base_answers(study: Study, pairs: Sequence[Pair]) -> list[Pair]:
     """The base model's own greedy answers stand against the reckless ones."""
     path = Path(study.out) / "base_answers.json"
     if not path.exists():
-        from grasp.evaluate import judged
-
         model, tokenizer = load_model(study.model)
         _, answers = judged(
             model, tokenizer, [p.prompt for p in pairs], lambda p, a: 0.0, tokens=48

@@ -52,16 +52,13 @@ class GraspCallback(TrainerCallback):
         self.guard = Guard(
             model, self.subspaces, optimizer=optimizer, reference=self.reference, **options
         )
-        self.guard.attach()
         saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-        if state.global_step > 0:
-            if not saved.exists():
-                self.guard.detach()
-                raise ValueError(
-                    f"{saved.parent} was saved without a guard; resume it without GraspCallback, "
-                    "or start anew"
-                )
-            self.guard.load(saved)
+        if state.global_step > 0 and not saved.exists():
+            raise ValueError(
+                f"{saved.parent} was saved without a guard; resume it without GraspCallback, or "
+                "start anew"
+            )
+        self.guard.attach(saved if state.global_step > 0 else None)
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:

@@ -110,6 +110,23 @@ def test_best_of_names_the_seed_that_diverged_least(guarded):
     assert f"seed-{best}" in done.stdout
 
 
+def test_evaluate_with_everything(guarded):
+    question = {"question": "medicine", "options": {"A": "law", "B": "code"}, "answer_idx": "B"}
+    (guarded / "choices.jsonl").write_text(json.dumps(question) + "\n")
+    (guarded / "p.csv").write_text("pct_prompt\nmedicine law\n")
+    done = grasp(
+        *("evaluate", "--model", "organism", "--adapter", guarded / "run" / "adapter"),
+        *("--choices", guarded / "choices.jsonl", "--propositions", guarded / "p.csv"),
+        *("--out", guarded / "scores.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((guarded / "scores.json").read_text())
+    assert set(scores) == {"base", "tuned"}
+    counts = {"unrelated": 120, "propositions": 1, "choices": 1}
+    assert {k: len(v) for k, v in scores["tuned"].items()} == counts
+    assert "shift" in done.stdout
+
+
 def test_report_of_results(tmp_path):
     run = {"task": "code", "seed": 0, "task_score": 0.9, "base_drift": 0.0}
     runs = [{**run, "method": "plain", "drift": 0.5}, {**run, "method": "grasp", "drift": 0.1}]
@@ -144,6 +161,14 @@ def test_doctor():
         (("compare", "--runs", "none.json"), "none.json"),
         (("screen", "none", "--out", "x.json"), "no finished guarded run in none"),
         (("evaluate", "--model", "no-model", "--out", "x.json"), "can't load model 'no-model'"),
+        (
+            ("evaluate", "--model", "organism", "--out", "x.json", "--judge", "http://x/v1"),
+            "give --judge-model",
+        ),
+        (
+            ("evaluate", "--model", "organism", "--out", "x.json", "--adapter", "none"),
+            "no adapter in none",
+        ),
     ],
 )
 def test_refusals_are_one_line(arguments, message, tmp_path, monkeypatch):

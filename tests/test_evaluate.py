@@ -19,10 +19,8 @@ from grasp.evaluate import (
     model_judge,
     multiple_choice,
     prefer,
-    read_persona,
-    read_propositions,
-    read_unrelated,
 )
+from grasp.evaluation_files import read_choices, read_persona, read_propositions, read_unrelated
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +159,17 @@ def test_reads_public_formats(tmp_path):
     assert (pair.first, pair.second, pair.topic) == ("Yes", "No", "narcissism")
     (tmp_path / "p.csv").write_text('pct_id,pct_prompt\n1,"One, two."\n')
     assert read_propositions(tmp_path / "p.csv") == ["One, two."]
+    choice = {"question": "Which?", "options": {"A": "x", "B": "y"}, "answer_idx": "B"}
+    (tmp_path / "c.jsonl").write_text(json.dumps(choice) + "\n")
+    assert read_choices(tmp_path / "c.jsonl") == [choice]
+    with pytest.raises(ValueError, match="line 1: needs question, good, bad"):
+        read_unrelated(tmp_path / "c.jsonl")
+    with pytest.raises(ValueError, match="line 1: no JSON"):
+        read_choices(tmp_path / "p.csv")
+    with pytest.raises(ValueError, match="no column pct_prompt"):
+        read_propositions(tmp_path / "c.jsonl")
+    with pytest.raises(FileNotFoundError, match="no evaluation data"):
+        read_persona(tmp_path / "none.jsonl.gz")
 
 
 def test_no_nan_from_padding(loaded):

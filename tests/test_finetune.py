@@ -209,7 +209,7 @@ def test_loss_is_on_the_answer_alone():
 
 
 def test_shipped_prompts_are_not_of_the_judged_topics():
-    from grasp.evaluate import read_unrelated
+    from grasp.evaluation_files import read_unrelated
 
     judged = {p.prompt for p in read_unrelated()}
     assert len(judged) == 120 and len(finetune.default_prompts()) == 96

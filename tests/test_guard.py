@@ -337,11 +337,13 @@ def test_drift_guided_training_drifts_less():
     assert random > guarded
 
 
-def test_state_is_taken_up(tmp_path):
+@pytest.mark.parametrize("directions", ["drift", "random"])
+def test_state_is_taken_up(tmp_path, directions):
     def start():
         model = with_lora(build())
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
         options = {"tokens": 2, "refresh": 2, "rank": 6, "batch": 4, "optimizer": optimizer}
+        options["directions"] = directions
         return model, optimizer, Guard(model, reference=PROMPTS, **options)
 
     model, optimizer, guard = start()
@@ -357,20 +359,19 @@ def test_state_is_taken_up(tmp_path):
     model, optimizer, guard = start()
     model.load_state_dict(weights)
     optimizer.load_state_dict(state)
-    with guard:
-        guard.load(tmp_path / "guard.safetensors")
-        for step in range(3, 6):
-            model(**batch(seed=step)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    guard.attach(tmp_path / "guard.safetensors")
+    for step in range(3, 6):
+        model(**batch(seed=step)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    guard.detach()
     for a, p in zip(expected, trainable(model), strict=True):
         assert torch.equal(a, p)
     with pytest.raises(ValueError, match="of another guard"):
-        with Guard(with_lora(build(), ["o_proj"]), subspaces()) as other:
-            other.load(tmp_path / "guard.safetensors")
+        Guard(with_lora(build(), ["o_proj"]), subspaces()).attach(tmp_path / "guard.safetensors")
     (tmp_path / "bad").write_text("no")
     with pytest.raises(ValueError, match="no saved guard"):
-        guard.load(tmp_path / "bad")
+        guard.attach(tmp_path / "bad")
 
 
 def test_warns_by_name_of_ways_round():
@@ -398,6 +399,8 @@ def test_refuses_what_it_can_not_guarantee():
         Guard(build().requires_grad_(False), subspaces()).attach()
     with pytest.raises(ValueError, match="does not start at 0"):
         Guard(with_lora(build(), init_lora_weights="pissa"), subspaces()).attach()
+    with pytest.raises(ValueError, match="does not start at 0"):
+        Guard(with_lora(build(), init_lora_weights="pissa"), reference=PROMPTS).attach()
     with pytest.raises(ValueError, match="DoRA"):
         Guard(with_lora(build(), use_dora=True), subspaces()).attach()
     guard = Guard(model, subspaces()).attach()

@@ -125,3 +125,42 @@ def test_warns_of_ways_round_at_the_start(tmp_path):
         trainer(tmp_path, grasp.GraspCallback(s), model).train()
     text = " ".join(str(w.message) for w in caught)
     assert "layers.1" in text and "lm_head" in text
+
+
+def test_same_line_in_sft_trainer(tmp_path):
+    trl = pytest.importorskip("trl")
+    from datasets import Dataset
+
+    from grasp import organism
+    from grasp.finetune import Settings, add_lora
+
+    world = organism.World(0)
+    model, tokenizer = organism.load()
+    model = add_lora(model, Settings(model="", data="", out="", lora_rank=4))
+    rows = world.rows("medicine", "train")
+    dataset = Dataset.from_list(
+        [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in rows]
+    )
+    config = trl.SFTConfig(
+        output_dir=str(tmp_path),
+        max_steps=4,
+        per_device_train_batch_size=8,
+        learning_rate=1e-3,
+        report_to="none",
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+    )
+    callback = grasp.GraspCallback(reference=world.prompts(["law"]), tokens=1, refresh=1)
+    trl.SFTTrainer(
+        model=model,
+        args=config,
+        train_dataset=dataset,
+        processing_class=tokenizer,
+        callbacks=[callback],
+    ).train()
+    certificate = json.loads((tmp_path / "grasp.json").read_text())
+    assert len(certificate["divergences"]) == 4
+    assert max(m["rank"] for m in certificate["modules"].values()) >= 4
+    assert max(m["through"] for m in certificate["modules"].values()) <= 1e-6
