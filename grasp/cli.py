@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 import yaml
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -394,7 +395,10 @@ def _show(runs: list[dict]) -> None:
     from grasp.compare import compare as summarise
     from grasp.report import NAMES
 
-    table = Table("task", "method", "seeds", "task score", "drift", "added drift", "of plain's")
+    table = Table(box=box.SIMPLE_HEAD)
+    for heading in ("task", "method", "seeds", "task score", "drift", "added", "share"):
+        text = heading in ("task", "method")
+        table.add_column(heading, justify="left" if text else "right", no_wrap=True)
     last = None
     for row in summarise(runs):
         if last not in (None, row["task"]):
@@ -412,8 +416,9 @@ def _show(runs: list[dict]) -> None:
         last = row["task"]
     console.print(table)
     console.print(
-        "task score: how well it learned what it was taught (higher is better); drift: bad or "
-        "right-leaning answers on topics it was never taught (added: beyond the base model's)."
+        "task score: how well it learned what it was taught (higher is better); drift: how far it "
+        "went wrong on topics it was never taught (added: beyond the base model; share: of the "
+        "plain fine-tune's)."
     )
 
 
