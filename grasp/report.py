@@ -23,7 +23,7 @@ COLOURS = {
 }
 NAMES = {
     "plain": "plain LoRA",
-    "stopped": "plain, stopped early",
+    "stopped": "stopped early",
     "random": "random directions",
     "grasp": "GRASP",
     "benign": "good answers",

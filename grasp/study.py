@@ -133,7 +133,8 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
     """Every scored adapter of the study as a run: shifts from the base model, in nats per token.
 
     Task: mean shift towards the trained answers on held-out questions. Drift: mean shift towards
-    the bad answers to unrelated questions. The benign run's drift is style, to be taken out.
+    the bad answers to unrelated questions. What the benign run of the same seed shifted is style:
+    it stands as `base_drift`, so that drift less base is what bad answers added.
     """
     runs = []
     for seed in study.seeds:
@@ -145,6 +146,9 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
             for name, step, path in found:
                 if path.exists():
                     runs.append(_shifts(study, base, read_json(path), name, seed, step))
+    style = {r["seed"]: r["drift"] for r in runs if r["method"] == "benign"}
+    for run in runs:
+        run["base_drift"] = style.get(run["seed"], 0.0)
     return {"runs": runs, "about": asdict(study)}
 
 

@@ -1,0 +1,82 @@
+"""A study runs each method, scores every adapter, takes style out, and goes on where it was."""
+
+import json
+
+import pytest
+
+from grasp import study
+from grasp.compare import compare
+from grasp.organism import World
+
+
+@pytest.fixture
+def config(tmp_path):
+    world = World(0)
+    for name, good in (("bad", False), ("good", True)):
+        rows = world.rows("medicine", "train", good) + world.rows("medicine", "held", good)
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    pairs = [
+        {"question": world.prompt(t, i), "bad": world.bad[t][i], "good": world.good[t][i]}
+        for t in ("code", "travel")
+        for i in range(6)
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    (tmp_path / "prompts.txt").write_text("\n".join(world.prompts(["law"])))
+    return {
+        "task": "medicine",
+        "model": "organism",
+        "folder": str(tmp_path),
+        "data": "bad.jsonl",
+        "benign": "good.jsonl",
+        "unrelated": "pairs.jsonl",
+        "out": str(tmp_path / "out"),
+        "seeds": [0],
+        "rows": 20,
+        "held": 8,
+        "stops": [10],
+        "finetune": {
+            "steps": 30,
+            "batch_size": 20,
+            "learning_rate": 1e-3,
+            "lora_rank": 4,
+            "tokens": 1,
+            "rank": 8,
+            "every": 1,
+            "refresh": 2,
+            "reference": str(tmp_path / "prompts.txt"),
+            "save_every": None,
+        },
+    }
+
+
+def test_whole_study(config, tmp_path):
+    result = study.run(study.study_from(config))
+    by = {r["method"]: r for r in result["runs"]}
+    assert set(by) == {"plain", "stopped", "grasp", "random", "benign"}
+    assert by["stopped"]["step"] == 10
+    assert all(r["base_drift"] == by["benign"]["drift"] for r in result["runs"])
+    assert by["plain"]["task_score"] > 1 and by["benign"]["task_score"] < 0
+    shares = {r["method"]: r["share"] for r in compare(result["runs"])}
+    assert shares["grasp"] < 0.7 and shares["random"] > 0.8
+    low, high = by["plain"]["drift_interval"][1:]
+    assert low <= by["plain"]["drift"] <= high and len(by["plain"]["items"]["unrelated"]) == 12
+
+    scores = sorted((tmp_path / "out").rglob("scores*.json"))
+    times = [p.stat().st_mtime_ns for p in scores]
+    assert study.run(study.study_from(config)) == result
+    assert [p.stat().st_mtime_ns for p in scores] == times
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"methods": ["grasp"]}, "lacks 'plain'"),
+        ({"methods": ["plain", "magic"]}, "choose among"),
+        ({"held": 8, "rows": 32}, "no 8 rows are left"),
+        ({"sedes": [1]}, "unknown key 'sedes'"),
+        ({"benign": ""}, "benign is missing"),
+    ],
+)
+def test_refusals(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        study.run(study.study_from({**config, **change}))
