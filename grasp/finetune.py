@@ -47,11 +47,11 @@ class Settings:
     """File of unlabelled, unrelated prompts, one a line; None takes the shipped ones."""
     drift_guided: bool = True
     """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
-    rank: int = 16
+    rank: int = 8
     tokens: int = 16
     batch: int = 8
-    every: int = 2
-    refresh: int = 10
+    every: int = 1
+    refresh: int = 5
     grow: int = 2
     tolerance: float = 0.0
     residual: bool = False
