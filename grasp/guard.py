@@ -79,7 +79,8 @@ class Guard:
         tokenizer: for `reference` of strings.
         tokens: of the base model's continuation of each prompt that are compared.
         batch: prompts in each measurement.
-        every: steps between two measurements of the drift gradient.
+        every: steps between two measurements of the drift gradient, while a basis has room; when
+            all are full the divergence alone is measured, every `every · refresh` steps.
         refresh: steps between two growths.
         grow: directions that join at each growth.
         tolerance: bases grow only while KL(base ‖ model), in nats per token and averaged since the
@@ -409,11 +410,25 @@ class Guard:
         self._pin()
         if self.reference is None:
             return
+        if not self._growing():
+            # Nothing needs the drift gradient any more; how far the model moves is still said.
+            if self.steps % (self.every * self.refresh) == 0:
+                with architecture.evaluating(self.model), torch.no_grad():
+                    self._divergence()
+            return
         if self.steps % self.every == 0:
             self._measure()
         if self.steps % self.refresh == 0:
             self._grow()
             self._pin()
+
+    def _growing(self) -> list[Guarded]:
+        """Whose basis still has room."""
+        return [
+            g
+            for g in self.guarded
+            if g.parameter.ndim > 1 and g.basis.shape[1] < min(self.rank, g.basis.shape[0])
+        ]
 
     def _pin(self) -> None:
         guarded = [g for g in self.guarded if g.basis.shape[1]]
@@ -421,26 +436,27 @@ class Guard:
 
     def _measure(self) -> None:
         """Average the gradient of the divergence from the base on a few of the prompts."""
-        growing = [g for g in self.guarded if g.parameter.ndim > 1]
+        growing = self._growing()
         with architecture.evaluating(self.model), torch.enable_grad():
-            divergence = self.reference.divergence(self.model, self.reference.sample())
             gradients = torch.autograd.grad(
-                divergence, [g.parameter for g in growing], allow_unused=True
+                self._divergence(), [g.parameter for g in growing], allow_unused=True
             )
-        self.divergences.append((self.steps, float(divergence.detach())))
         for g, D in zip(growing, gradients, strict=True):
             if D is not None:
                 D = D.float()
                 g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
+
+    def _divergence(self) -> Tensor:
+        divergence = self.reference.divergence(self.model, self.reference.sample())
+        self.divergences.append((self.steps, float(divergence.detach())))
+        return divergence
 
     def _grow(self) -> None:
         """Let the leading directions of the averaged drift gradient join each basis."""
         recent = [kl for step, kl in self.divergences if step > self.steps - self.refresh]
         if not recent or sum(recent) / len(recent) <= self.tolerance:
             return
-        growing = [
-            g for g in self.guarded if g.average is not None and g.basis.shape[1] < self.rank
-        ]
+        growing = [g for g in self._growing() if g.average is not None]
         grown = [torch.cat([g.basis, self._fresh(g)], 1) for g in growing]
         for g, W, rank in zip(growing, grown, gk.orthonormalize_(grown), strict=True):
             old, g.basis = g.basis.shape[1], W[:, : int(rank)].contiguous()

@@ -48,7 +48,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
         exec(example, names)
 
 
-@pytest.mark.parametrize("path", re.findall(r"`((?:grasp|benchmarks|tests)[\w/]*\.\w+)`", README))
+@pytest.mark.parametrize("path", re.findall(r"`((?:grasp|benchmarks|tests)/[\w/]*\.\w+)`", README))
 def test_named_files_exist(path):
     assert (ROOT / path).exists()
 
