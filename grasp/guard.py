@@ -10,7 +10,6 @@ vectors of the averaged gradient of KL(base ‖ model) on unlabelled, unrelated 
 import json
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -26,38 +25,8 @@ from grasp.architecture import Trained
 from grasp.bases import matrix_bases
 from grasp.drift import Reference
 from grasp.files import write_bytes
+from grasp.guarded import SAVED, Guarded, project
 from grasp.subspaces import Subspaces
-
-_SAVED = ("basis", "pinned", "average", "total", "blocked")  # of each guarded parameter
-
-
-@dataclass
-class Guarded:
-    """A trained parameter with what it is kept off."""
-
-    trained: Trained
-    basis: Tensor  # [d_out, k]
-    pinned: Tensor  # C: [k, n], or [n, k] where the parameter holds its outputs in columns
-    average: Tensor | None = None  # of the drift gradient
-    total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d on the device
-    blocked: Tensor | None = None
-
-    @property
-    def name(self) -> str:
-        return self.trained.name
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        return self.trained.parameter
-
-    @property
-    def left(self) -> bool:
-        return self.trained.side == "left"
-
-    def coefficients(self, T: Tensor, basis: Tensor | None = None) -> Tensor:
-        U = self.basis if basis is None else basis
-        T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
-        return U.mT.to(T) @ T if self.left else T @ U.to(T)
 
 
 class Guard:
@@ -203,17 +172,7 @@ class Guard:
             and was removed; `through`, ‖Uᵀ ΔW‖ / ‖ΔW‖ of a LoRA's update, or ‖Uᵀ ΔW‖ / ‖W‖ of a
             weight trained itself.
         """
-        report = {}
-        for g in self.guarded:
-            blocked = 0.0
-            if g.total is not None and float(g.total) > 0:
-                blocked = max(0.0, float(g.blocked / g.total))
-            report[g.name] = {
-                "rank": g.basis.shape[1],
-                "blocked": blocked,
-                "through": self._through(g),
-            }
-        return report
+        return {g.name: g.leak() for g in self.guarded}
 
     def certificate(self) -> dict:
         """What was blocked and what got through by module, and how far the model moved.
@@ -237,7 +196,7 @@ class Guard:
         tensors = {
             f"{key}.{g.name}": tensor.clone().contiguous()  # a shared basis is stored for each
             for g in self.guarded
-            for key in _SAVED
+            for key in SAVED
             if (tensor := getattr(g, key)) is not None
         }
         if self.reference is not None:
@@ -261,7 +220,7 @@ class Guard:
         self.steps = about["steps"]
         self.divergences = [tuple(d) for d in about["divergences"]]
         for g in self.guarded:
-            for key in _SAVED:
+            for key in SAVED:
                 tensor = tensors.get(f"{key}.{g.name}")
                 setattr(g, key, None if tensor is None else tensor.to(g.parameter.device))
         self.generator.set_state(tensors["generator"])
@@ -282,15 +241,8 @@ class Guard:
             grows = self.reference is not None and t.parameter.ndim > 1
             if t.matrix.name not in bases and not grows:
                 continue
-            device, size = t.parameter.device, t.matrix.out_features
-            U = bases.get(t.matrix.name, torch.zeros(size, 0)).to(device)
-            if U.shape[1] > size:
-                raise ValueError(
-                    f"rank {U.shape[1]} is larger than {t.matrix.name}'s {size} outputs"
-                )
-            g = Guarded(t, U, torch.empty(0))
-            g.pinned = g.coefficients(t.parameter)
-            guarded.append(g)
+            size = t.matrix.out_features
+            guarded.append(Guarded.of(t, bases.get(t.matrix.name, torch.zeros(size, 0))))
         if not guarded:
             names = [t.name for t in trained] or found.untracked()
             raise ValueError(
@@ -381,24 +333,10 @@ class Guard:
         if not pending:
             return
         before = torch._foreach_norm(gradients)
-        self._project(pending, gradients)
+        project(pending, gradients)
         after = torch._foreach_norm(gradients)
         for g, b, a in zip(pending, before, after, strict=True):
-            # An overflow of scaled fp16 gradients skips the step; it must not spoil the count.
-            b, a = (n.float().square().nan_to_num(0.0, 0.0, 0.0) for n in (b, a))
-            g.total = b if g.total is None else g.total + b
-            g.blocked = b - a if g.blocked is None else g.blocked + (b - a)
-
-    def _project(self, guarded: list[Guarded], tensors: list[Tensor], pin: bool = False) -> None:
-        for side in ("left", "right"):
-            chosen = [i for i, g in enumerate(guarded) if g.trained.side == side]
-            if chosen:
-                gk.project_(
-                    [tensors[i] for i in chosen],
-                    [guarded[i].basis for i in chosen],
-                    [guarded[i].pinned for i in chosen] if pin else None,
-                    side=side,
-                )
+            g.count(b, a)
 
     def _after_any_step(self, optimizer, args, kwargs) -> None:
         moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
@@ -424,15 +362,11 @@ class Guard:
 
     def _growing(self) -> list[Guarded]:
         """Whose basis still has room."""
-        return [
-            g
-            for g in self.guarded
-            if g.parameter.ndim > 1 and g.basis.shape[1] < min(self.rank, g.basis.shape[0])
-        ]
+        return [g for g in self.guarded if g.has_room(self.rank)]
 
     def _pin(self) -> None:
         guarded = [g for g in self.guarded if g.basis.shape[1]]
-        self._project(guarded, [g.parameter for g in guarded], pin=True)
+        project(guarded, [g.parameter for g in guarded], pin=True)
 
     def _measure(self) -> None:
         """Average the gradient of the divergence from the base on a few of the prompts."""
@@ -459,41 +393,13 @@ class Guard:
         growing = [g for g in self._growing() if g.average is not None]
         grown = [torch.cat([g.basis, self._fresh(g)], 1) for g in growing]
         for g, W, rank in zip(growing, grown, gk.orthonormalize_(grown), strict=True):
-            old, g.basis = g.basis.shape[1], W[:, : int(rank)].contiguous()
-            added = g.basis[:, old:]
-            # A LoRA B starts at 0 and goes back there; of a weight the start is gone, so what it
-            # does along a new direction now is what it keeps.
-            C = g.coefficients(g.parameter, added)
-            C = C if g.trained.A is None else torch.zeros_like(C)
-            g.pinned = torch.cat([g.pinned, C], 0 if g.left else -1)
+            g.widen(W[:, : int(rank)])
 
     def _fresh(self, g: Guarded) -> Tensor:
-        """The next directions of a basis `[d_out, at most grow]`."""
-        D = g.average if g.left else g.average.mT  # [d_out, n]
-        D = D - g.basis @ (g.basis.mT @ D)
-        fresh = _leading(D, min(self.grow, self.rank - g.basis.shape[1]))
+        fresh = g.fresh(min(self.grow, self.rank - g.basis.shape[1]))
         if self.directions == "random":
             fresh = torch.randn(fresh.shape, generator=self.generator).to(fresh)
         return fresh
-
-    def _through(self, g: Guarded) -> float:
-        moved = g.coefficients(g.parameter) - g.pinned
-        whole = g.parameter.detach().float()
-        if g.trained.A is not None:
-            A = g.trained.A.detach().float()
-            whole, moved = whole @ A, moved @ A
-        whole = whole.norm()
-        return float(moved.norm() / whole) if float(whole) > 0 else 0.0
-
-
-def _leading(D: Tensor, count: int) -> Tensor:
-    """The leading left singular vectors of `D [d, n]`, or fewer where it has no more."""
-    if min(D.shape) > 256:
-        U, S, _ = torch.svd_lowrank(D, q=count + 4, niter=2)
-    else:
-        U, S, _ = torch.linalg.svd(D, full_matrices=False)
-    kept = int((S[:count] > 0).sum())
-    return U[:, :kept]
 
 
 def _residual_hook(U: Tensor):

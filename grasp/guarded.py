@@ -1,0 +1,110 @@
+"""One trained parameter with the basis that it is kept off."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+import grasp_kernels as gk
+from grasp.architecture import Trained
+
+SAVED = ("basis", "pinned", "average", "total", "blocked")  # what a resumed run must not make anew
+
+
+@dataclass
+class Guarded:
+    """A trained parameter with what it is kept off."""
+
+    trained: Trained
+    basis: Tensor  # [d_out, k]
+    pinned: Tensor  # C: [k, n], or [n, k] where the parameter holds its outputs in columns
+    average: Tensor | None = None  # of the drift gradient
+    total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d on the device
+    blocked: Tensor | None = None
+
+    @classmethod
+    def of(cls, trained: Trained, basis: Tensor) -> "Guarded":
+        """Pinned to what the parameter does along the basis now."""
+        self = cls(trained, basis.to(trained.parameter.device), torch.empty(0))
+        self.pinned = self.coefficients(self.parameter)
+        return self
+
+    @property
+    def name(self) -> str:
+        return self.trained.name
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.trained.parameter
+
+    @property
+    def left(self) -> bool:
+        return self.trained.side == "left"
+
+    def coefficients(self, T: Tensor, basis: Tensor | None = None) -> Tensor:
+        """Uᵀ T, or T U where the parameter holds its outputs in columns."""
+        U = self.basis if basis is None else basis
+        T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
+        return U.mT.to(T) @ T if self.left else T @ U.to(T)
+
+    def has_room(self, rank: int) -> bool:
+        return self.parameter.ndim > 1 and self.basis.shape[1] < min(rank, self.basis.shape[0])
+
+    def fresh(self, count: int) -> Tensor:
+        """Leading directions of the averaged drift gradient outside the basis, `[d_out, ≤ count]`."""
+        D = self.average if self.left else self.average.mT  # [d_out, n]
+        D = D - self.basis @ (self.basis.mT @ D)
+        if min(D.shape) > 256:
+            U, S, _ = torch.svd_lowrank(D, q=count + 4, niter=2)
+        else:
+            U, S, _ = torch.linalg.svd(D, full_matrices=False)
+        return U[:, : int((S[:count] > 0).sum())]
+
+    def widen(self, basis: Tensor) -> None:
+        """Take a basis whose leading columns are the present one's.
+
+        A LoRA B starts at 0 and goes back there along a new direction; of a weight the start is
+        gone, so what it does along a new direction now is what it keeps.
+        """
+        added = basis[:, self.basis.shape[1] :]
+        self.basis = basis.contiguous()
+        C = self.coefficients(self.parameter, added)
+        C = C if self.trained.A is None else torch.zeros_like(C)
+        self.pinned = torch.cat([self.pinned, C], 0 if self.left else -1)
+
+    def count(self, before: Tensor, after: Tensor) -> None:
+        """Add a gradient's norms before and after its projection to what was blocked."""
+        # An overflow of scaled fp16 gradients skips the step; it must not spoil the count.
+        b, a = (n.float().square().nan_to_num(0.0, 0.0, 0.0) for n in (before, after))
+        self.total = b if self.total is None else self.total + b
+        self.blocked = b - a if self.blocked is None else self.blocked + (b - a)
+
+    def leak(self) -> dict[str, float]:
+        """Its rank, the share of the gradient's energy that was blocked, and what got through."""
+        blocked = 0.0
+        if self.total is not None and float(self.total) > 0:
+            blocked = max(0.0, float(self.blocked / self.total))
+        return {"rank": self.basis.shape[1], "blocked": blocked, "through": self._through()}
+
+    def _through(self) -> float:
+        moved = self.coefficients(self.parameter) - self.pinned
+        whole = self.parameter.detach().float()
+        if self.trained.A is not None:
+            A = self.trained.A.detach().float()
+            whole, moved = whole @ A, moved @ A
+        size = float(whole.norm())
+        return float(moved.norm()) / size if size > 0 else 0.0
+
+
+def project(guarded: Sequence[Guarded], tensors: Sequence[Tensor], pin: bool = False) -> None:
+    """Take each tensor off its parameter's basis in place, or back to where it was pinned."""
+    for side in ("left", "right"):
+        chosen = [i for i, g in enumerate(guarded) if g.trained.side == side]
+        if chosen:
+            gk.project_(
+                [tensors[i] for i in chosen],
+                [guarded[i].basis for i in chosen],
+                [guarded[i].pinned for i in chosen] if pin else None,
+                side=side,
+            )
