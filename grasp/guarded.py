@@ -52,7 +52,7 @@ class Guarded:
         return self.parameter.ndim > 1 and self.basis.shape[1] < min(rank, self.basis.shape[0])
 
     def fresh(self, count: int) -> Tensor:
-        """Leading directions of the averaged drift gradient outside the basis, `[d_out, ≤ count]`."""
+        """Leading directions of the averaged drift gradient outside the basis: `[d_out, count]`."""
         D = self.average if self.left else self.average.mT  # [d_out, n]
         D = D - self.basis @ (self.basis.mT @ D)
         if min(D.shape) > 256:
