@@ -53,7 +53,7 @@ def sweep(
         if kept.exists() and (r := read_json(kept))["settings"] == asdict(settings):
             done[job] = r
     todo = [job for job in jobs if job not in done]
-    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(todo)))
+    workers = min(workers or _cores(), max(1, len(todo)))
     with (
         # A forked child could inherit a held lock of torch's thread pool.
         ProcessPoolExecutor(workers, get_context("spawn"), _prepare) as pool,
@@ -67,16 +67,27 @@ def sweep(
             )
             for seed, task, method in todo
         }
-        for future in as_completed(futures):
-            job = futures[future]
-            done[job] = future.result()
-            write_json(_path(out, job, world_seed), done[job])
-            progress.update()
+        try:
+            for future in as_completed(futures):
+                job = futures[future]
+                done[job] = future.result()
+                write_json(_path(out, job, world_seed), done[job])
+                progress.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # or leaving would wait for every run still queued
+            raise
     results = []
     for task, method, seed in product(tasks, methods, seeds):
         result = done[seed, task, "plain" if method == "stopped" else method]
         results.append(stopped(result) if method == "stopped" else result)
     return results
+
+
+def _cores() -> int:
+    """Those this process may use; not every system says."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _path(out: Path | str, job: tuple[int, str, str], world_seed: int) -> Path:
