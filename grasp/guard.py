@@ -110,6 +110,7 @@ class Guard:
         self._handles: list = []
         self._pending: list[Guarded] = []
         self._graph = -1
+        self._backward = False  # whether a gradient came
 
     def __enter__(self) -> "Guard":
         return self.attach()
@@ -154,6 +155,12 @@ class Guard:
 
     def detach(self) -> None:
         """Remove every hook; the bases and the counts of `leak` stay."""
+        if self._handles and self.reference is not None and self._backward and not self.steps:
+            warnings.warn(
+                "gradients came but no step of a torch optimizer was seen, so no basis grew and "
+                "nothing was blocked; pass optimizer=",
+                stacklevel=3,
+            )
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -303,21 +310,25 @@ class Guard:
                         batch=self.batch,
                         seed=self.seed,
                     )
-            # Bases grow between two steps, so some optimizer's must be seen; without one given,
-            # whichever moves the guarded parameters.
-            self._handles.append(
-                register_optimizer_step_post_hook(self._after_any_step)
-                if self.optimizer is None
-                else self._inner_optimizer().register_step_post_hook(self._after_step)
-            )
-        elif self.optimizer is not None:
+        if self.optimizer is not None:
             self._handles.append(self._inner_optimizer().register_step_post_hook(self._after_step))
+        elif self.reference is not None:
+            # Bases grow between two steps: of whichever optimizer moves the guarded parameters.
+            self._handles.append(register_optimizer_step_post_hook(self._after_any_step))
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         optimizer = self.optimizer
         while hasattr(optimizer, "optimizer"):  # accelerate's wrapper has no hooks of its own
             optimizer = optimizer.optimizer
+        if not self._moves(optimizer):
+            raise ValueError(
+                "optimizer holds none of the guarded parameters; pass the one that trains the model"
+            )
         return optimizer
+
+    def _moves(self, optimizer: torch.optim.Optimizer) -> bool:
+        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        return any(id(g.parameter) in moved for g in self.guarded)
 
     def _collect(self, g: Guarded) -> None:
         """Gather the gradients of one backward pass, to project them in one call at its end."""
@@ -328,6 +339,7 @@ class Guard:
         self._pending.append(g)
 
     def _project_gradients(self) -> None:
+        self._backward = True
         pending, self._pending = [g for g in self._pending if g.basis.shape[1]], []
         gradients = [g.parameter.grad for g in pending]
         if not pending:
@@ -339,8 +351,7 @@ class Guard:
             g.count(b, a)
 
     def _after_any_step(self, optimizer, args, kwargs) -> None:
-        moved = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        if any(id(g.parameter) in moved for g in self.guarded):
+        if self._moves(optimizer):
             self._after_step(optimizer, args, kwargs)
 
     def _after_step(self, optimizer, args, kwargs) -> None:

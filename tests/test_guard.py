@@ -311,6 +311,20 @@ def test_drift_guided_without_an_optimizer_sees_the_steps():
         assert guard.steps == 3 and len(guard.divergences) == 3
 
 
+def test_says_so_when_no_step_was_seen():
+    model = with_lora(build())
+    with pytest.warns(UserWarning, match="no basis grew"):
+        with Guard(model, reference=PROMPTS, tokens=2):
+            model(**batch()).loss.backward()
+            with torch.no_grad():
+                for p in trainable(model):
+                    p -= 0.1 * p.grad
+    model, other = with_lora(build()), torch.optim.SGD(torch.nn.Linear(2, 2).parameters())
+    with pytest.raises(ValueError, match="holds none of the guarded"):
+        Guard(model, subspaces(), optimizer=other).attach()
+    assert not any(p._post_accumulate_grad_hooks for p in trainable(model))
+
+
 def test_drift_guided_training_drifts_less():
     """On the prompts that guide it; the organism's test shows it on topics that do not."""
 
