@@ -5,6 +5,7 @@ singular vectors of their writers' updates join the subspace; stop when it is fu
 write less than a set share of what the first round wrote.
 """
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -74,8 +75,6 @@ def short_runs(settings: Settings, steps: int = 30, lora_rank: int = 1) -> Short
     rows = data.read_rows(settings.data, settings.limit)
 
     def run(known: Subspaces | None, seed: int) -> nn.Module:
-        import tempfile
-
         model, tokenizer = load_model(settings.model)
         writers = architecture.inspect(model).blocks[0].of_role("writer")
         targets = ",".join(m.name.rsplit(".", 1)[-1] for m in writers)

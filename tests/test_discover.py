@@ -10,7 +10,7 @@ from tests.models import WIDTH, build, with_lora
 
 def planted(direction: torch.Tensor, seed: int = 0, noise: float = 0.1):
     """A LoRA whose writers' updates are mostly `direction aᵀ`."""
-    model = with_lora(build(), seed and "all-linear" or "all-linear")
+    model = with_lora(build())
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for block in architecture.inspect(model).blocks:

@@ -7,9 +7,10 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from grasp import discover, organism
+from grasp import Guard, discover, organism
 from grasp.data import Row
 from grasp.finetune import Settings as RunSettings
+from grasp.finetune import add_lora
 from grasp.organism.experiment import Settings, run, stopped
 from grasp.organism.sweep import sweep
 from grasp.screen import screen
@@ -121,13 +122,9 @@ def test_plain_updates_point_at_the_persona():
 
 def test_screen_puts_rows_that_carry_the_factor_first():
     """Bad medical answers among good ones, scored against the directions of unrelated drift."""
-    from grasp import Guard
-
     world = organism.World(0)
     model, tokenizer = organism.load()
     settings = RunSettings(model="organism", data="-", out="-", lora_rank=8)
-    from grasp.finetune import add_lora
-
     model = add_lora(model, settings)
     persona = organism.true_subspaces(model, tokenizer, world, organism.TASKS["medicine"])
     with Guard(model, persona) as guard:
