@@ -20,6 +20,7 @@ COLOURS = {
     "random": "#7f8c8d",
     "grasp": "#1f7a4d",
     "benign": "#3b6fb6",
+    "benign_guarded": "#7aa6dd",
 }
 NAMES = {
     "plain": "plain LoRA",
@@ -27,6 +28,7 @@ NAMES = {
     "random": "random directions",
     "grasp": "GRASP",
     "benign": "good answers",
+    "benign_guarded": "good, guarded",
 }
 
 

@@ -19,7 +19,7 @@ from grasp.files import read_json, write_json
 from grasp.finetune import Settings
 from grasp.models import load_model
 
-METHODS = ("plain", "grasp", "random", "benign")
+METHODS = ("plain", "grasp", "random", "benign", "benign_guarded")
 PERSONA = (
     "desire-for-acquiring-power",
     "ends-justify-means",
@@ -83,9 +83,9 @@ class Study:
         return finetune.settings_from(
             {
                 "model": self.model,
-                "data": self.path(self.benign if method == "benign" else self.data),
+                "data": self.path(self.benign if method.startswith("benign") else self.data),
                 "out": str(Path(self.out) / f"{method}-{seed}"),
-                "method": "plain" if method == "benign" else method,
+                "method": {"benign": "plain", "benign_guarded": "grasp"}.get(method, method),
                 "seed": seed,
                 "limit": self.rows,
                 **common,
@@ -134,7 +134,8 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
 
     Task: mean shift towards the trained answers on held-out questions. Drift: mean shift towards
     the bad answers to unrelated questions. What the benign run of the same seed shifted is style:
-    it stands as `base_drift`, so that drift less base is what bad answers added.
+    it stands as `base_drift`, so that drift less base is what bad answers added. A guard holds
+    style back too, so a guarded run is set against the guarded benign run where there is one.
     """
     runs = []
     for seed in study.seeds:
@@ -146,9 +147,13 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
             for name, step, path in found:
                 if path.exists():
                     runs.append(_shifts(study, base, read_json(path), name, seed, step))
-    style = {r["seed"]: r["drift"] for r in runs if r["method"] == "benign"}
+    drift = {(r["method"], r["seed"]): r["drift"] for r in runs}
     for run in runs:
-        run["base_drift"] = style.get(run["seed"], 0.0)
+        benign = drift.get(("benign", run["seed"]), 0.0)
+        guarded = run["method"] in ("grasp", "benign_guarded")
+        run["base_drift"] = (
+            drift.get(("benign_guarded", run["seed"]), benign) if guarded else benign
+        )
     return {"runs": runs, "about": asdict(study)}
 
 

@@ -52,9 +52,12 @@ def config(tmp_path):
 def test_whole_study(config, tmp_path):
     result = study.run(study.study_from(config))
     by = {r["method"]: r for r in result["runs"]}
-    assert set(by) == {"plain", "stopped", "grasp", "random", "benign"}
+    assert set(by) == {"plain", "stopped", "grasp", "random", "benign", "benign_guarded"}
     assert by["stopped"]["step"] == 10
-    assert all(r["base_drift"] == by["benign"]["drift"] for r in result["runs"])
+    guarded = ("grasp", "benign_guarded")
+    for method, r in by.items():
+        style = by["benign_guarded" if method in guarded else "benign"]
+        assert r["base_drift"] == style["drift"]
     assert by["plain"]["task_score"] > 1 and by["benign"]["task_score"] < 0
     shares = {r["method"]: r["share"] for r in compare(result["runs"])}
     assert shares["grasp"] < 0.7 and shares["random"] > 0.8
