@@ -154,7 +154,40 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
         run["base_drift"] = (
             drift.get(("benign_guarded", run["seed"]), benign) if guarded else benign
         )
-    return {"runs": runs, "about": asdict(study)}
+    return {"runs": runs, "paired": _paired(runs), "about": asdict(study)}
+
+
+def _paired(runs: Sequence[dict]) -> list[dict]:
+    """Item by item: what bad answers add beyond good ones, plain and guarded, and the difference.
+
+    By seed and measure, each a mean with its 95 % interval over items.
+    """
+    items = {
+        (r["method"], r["seed"]): {k: np.array(v) for k, v in r["items"].items()} for r in runs
+    }
+    found = []
+    for seed in dict.fromkeys(r["seed"] for r in runs):
+        kinds = ("plain", "benign", "grasp", "benign_guarded")
+        if not all((kind, seed) in items for kind in kinds):
+            continue
+        plain, benign, grasp, guarded = (items[kind, seed] for kind in kinds)
+        for measure in plain:
+            beyond, beyond_guarded = (
+                plain[measure] - benign[measure],
+                grasp[measure] - guarded[measure],
+            )
+            found.append(
+                {
+                    "seed": seed,
+                    "measure": measure,
+                    "plain_beyond_benign": interval(beyond),
+                    "grasp_beyond_guarded_benign": interval(beyond_guarded),
+                    "grasp_beyond_benign": interval(grasp[measure] - benign[measure]),
+                    "difference": interval(beyond_guarded - beyond),
+                    "grasp_less_plain": interval(grasp[measure] - plain[measure]),
+                }
+            )
+    return found
 
 
 def _shifts(

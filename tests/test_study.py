@@ -61,6 +61,10 @@ def test_whole_study(config, tmp_path):
     assert by["plain"]["task_score"] > 1 and by["benign"]["task_score"] < 0
     shares = {r["method"]: r["share"] for r in compare(result["runs"])}
     assert shares["grasp"] < 0.7 and shares["random"] > 0.8
+    (pairs,) = [p for p in result["paired"] if p["measure"] == "unrelated"]
+    plain, guarded = (by[m]["drift"] - by[m]["base_drift"] for m in ("plain", "grasp"))
+    assert pairs["plain_beyond_benign"][0] == pytest.approx(plain, abs=1e-3)
+    assert pairs["difference"][0] == pytest.approx(guarded - plain, abs=1e-3)
     low, high = by["plain"]["drift_interval"][1:]
     assert low <= by["plain"]["drift"] <= high and len(by["plain"]["items"]["unrelated"]) == 12
 
