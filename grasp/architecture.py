@@ -57,14 +57,20 @@ class Matrix:
 
 @dataclass(frozen=True)
 class Trained:
-    """A parameter that training moves and that maps onto a matrix's outputs."""
+    """A parameter that training moves, seen from a matrix's outputs or from its inputs."""
 
     name: str
     parameter: nn.Parameter
-    side: str  # the side of the parameter that holds the outputs
+    side: str  # the side of the parameter that a basis multiplies: where what it holds lies
     matrix: Matrix
-    A: nn.Parameter | None = None
-    """Of a LoRA B, which starts at 0, the A that it is multiplied with."""
+    holds: str = "outputs"  # or "inputs"
+    partner: nn.Parameter | None = None
+    """Of a LoRA B, which starts at 0, the A that it is multiplied with; of the A, the B."""
+
+    @property
+    def size(self) -> int:
+        """d of a basis for this."""
+        return self.parameter.shape[0 if self.side == "left" else -1]
 
 
 @dataclass(frozen=True)
@@ -108,6 +114,10 @@ class Architecture:
             ValueError: an adapter whose update is not B A with B starting at 0 (DoRA).
         """
         return [t for block in self.blocks for m in block.matrices for t in _trained(m)]
+
+    def reading(self) -> list[Trained]:
+        """The parameters of the same updates that act on the maps' inputs: LoRA A, or a weight."""
+        return [_reading(t) for t in self.trained() if t.parameter.ndim > 1]
 
     def untracked(self) -> list[str]:
         """Trainable parameters that are neither `trained()` nor a LoRA A."""
@@ -372,10 +382,19 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
                 "content along the factor too; train with LoRA (use_dora=False)"
             )
         A = module.lora_A[adapter].weight
-        yield Trained(f"{matrix.name}.lora_B.{adapter}", parameter, "left", matrix, A)
+        name = f"{matrix.name}.lora_B.{adapter}"
+        yield Trained(name, parameter, "left", matrix, partner=A)
     transposed = type(base).__name__ == "Conv1D"
     if base.weight.requires_grad:
         side = "right" if transposed else "left"
         yield Trained(f"{matrix.name}.weight", base.weight, side, matrix)
     if base.bias is not None and base.bias.requires_grad:
         yield Trained(f"{matrix.name}.bias", base.bias, "right", matrix)
+
+
+def _reading(t: Trained) -> Trained:
+    if t.partner is None:
+        side = "left" if t.side == "right" else "right"
+        return Trained(f"{t.name} (inputs)", t.parameter, side, t.matrix, "inputs")
+    name = t.name.replace(".lora_B.", ".lora_A.")
+    return Trained(name, t.partner, "right", t.matrix, "inputs", t.parameter)

@@ -6,13 +6,13 @@ Nobody labels the prompts: the tokens are the base model's own continuations, an
 is its distribution over the next token, kept from the moment the reference is made.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from grasp.architecture import evaluating
-from grasp.data import pad, prompt_ids
+from grasp.data import IGNORED, pad, prompt_ids
 
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
 
@@ -46,7 +46,7 @@ class Reference:
         self.batch = min(batch, len(rows))
         self.generator = torch.Generator().manual_seed(seed)
         with evaluating(model), torch.no_grad():
-            continued = [self._continue(model, row, tokens) for row in rows]
+            continued = _continued(model, rows, tokens, self.batch)
             padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
             self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
             # A position is compared where the next token is the continuation's.
@@ -78,6 +78,13 @@ class Reference:
     def sample(self) -> list[int]:
         """The rows of the next measurement."""
         return torch.randperm(len(self.ids), generator=self.generator)[: self.batch].tolist()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All prompts with their continuations: ids and mask `[batch, tokens]`, right-padded."""
+        for start in range(0, len(self.ids), self.batch):
+            mask = self.mask[start : start + self.batch]
+            longest = int(mask.sum(1).max())
+            yield self.ids[start : start + self.batch, :longest], mask[:, :longest]
 
     def state_dict(self) -> dict[str, Tensor]:
         lengths = torch.tensor([len(t) for t in self.top])
@@ -120,19 +127,35 @@ class Reference:
         values, top = logs.topk(min(TOP, logs.shape[1]), dim=1)
         return top.cpu(), _with_rest(values, logs.shape[1]).cpu()
 
-    @staticmethod
-    def _continue(model: nn.Module, row: list[int], tokens: int) -> tuple[list[int], list[int]]:
-        """The prompt with its continuation, and labels that are -100 on the prompt."""
-        end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = {end} if isinstance(end, int) else set(end or [])
-        device = next(model.parameters()).device
-        answer: list[int] = []
-        step, cache = torch.tensor([row], device=device), None
-        while len(answer) < tokens and not (answer and answer[-1] in ends):
-            out = model(input_ids=step, past_key_values=cache, use_cache=True)
-            answer.append(int(out.logits[0, -1].argmax()))
-            step, cache = torch.tensor([answer[-1:]], device=device), out.past_key_values
-        return row + answer, [-100] * len(row) + answer
+
+def _continued(
+    model: nn.Module, prompts: list[list[int]], tokens: int, batch: int
+) -> list[tuple[list[int], list[int]]]:
+    """Each prompt with the model's greedy continuation, and labels that are -100 on the prompt."""
+    by_length: dict[int, list[int]] = {}
+    for i, prompt in enumerate(prompts):
+        by_length.setdefault(len(prompt), []).append(i)
+    answers: dict[int, list[int]] = {}
+    for same in by_length.values():  # prompts of one length need no padding
+        for start in range(0, len(same), batch):
+            chosen = same[start : start + batch]
+            found = _greedy(model, [prompts[i] for i in chosen], tokens)
+            answers |= dict(zip(chosen, found, strict=True))
+    return [(p + answers[i], [IGNORED] * len(p) + answers[i]) for i, p in enumerate(prompts)]
+
+
+def _greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
+    """The most likely next tokens of equally long prompts, up to an end token."""
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
+    step = torch.tensor(prompts, device=next(model.parameters()).device)
+    cache, found = None, torch.empty(len(prompts), 0, dtype=torch.long)
+    while found.shape[1] < tokens and not torch.isin(found, ends).any(1).all():
+        out = model(input_ids=step, past_key_values=cache, use_cache=True)
+        step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
+        found = torch.cat([found, step.cpu()], 1)
+    stopped = torch.isin(found, ends).long().cumsum(1) - torch.isin(found, ends).long() > 0
+    return [row[~over].tolist() for row, over in zip(found, stopped, strict=True)]
 
 
 def _with_rest(logs: Tensor, vocabulary: int) -> Tensor:

@@ -47,7 +47,9 @@ class Settings:
     """File of unlabelled, unrelated prompts, one a line; None takes the shipped ones."""
     drift_guided: bool = True
     """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
-    rank: int = 8
+    read: float = 0.95
+    """Share of the energy of each matrix's inputs on the reference that is blocked."""
+    rank: int = 4
     tokens: int = 16
     batch: int = 8
     every: int = 1
@@ -65,7 +67,7 @@ class Settings:
         """
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
-        for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank", "rank"):
+        for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.learning_rate <= 0:
@@ -234,10 +236,13 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
     subspaces = None if settings.subspaces is None else Subspaces.load(settings.subspaces)
     if settings.method == "random" and subspaces is not None:
         subspaces = subspaces.random_like(settings.seed)
+    if not settings.drift_guided:
+        return GraspCallback(subspaces, residual=settings.residual)
     return GraspCallback(
         subspaces,
-        reference=read_prompts(settings.reference) if settings.drift_guided else None,
+        reference=read_prompts(settings.reference),
         directions="random" if settings.method == "random" else "drift",
+        read=settings.read,
         rank=settings.rank,
         tokens=settings.tokens,
         batch=settings.batch,

@@ -3,8 +3,14 @@
     every backward       G ← G − U (Uᵀ G)          for each guarded weight's gradient
     every step           W ← W − U (Uᵀ W − C)      C = Uᵀ W when the guard was attached
 
-With `reference`, each matrix's U grows during training: every few steps the leading left singular
-vectors of the averaged gradient of KL(base ‖ model) on unlabelled, unrelated prompts join it.
+With `reference`, unlabelled and unrelated prompts, the inputs that each matrix sees on them are
+blocked as well, from the other side:
+
+    every backward       G ← G − (G V) Vᵀ
+    every step           W ← W − (W V − C) Vᵀ      V: see `reads`
+
+and U may grow during training: every few steps the leading left singular vectors of the averaged
+gradient of KL(base ‖ model) on the prompts join it.
 """
 
 import json
@@ -25,6 +31,7 @@ from grasp.architecture import Trained
 from grasp.bases import matrix_bases
 from grasp.drift import Reference
 from grasp.files import write_bytes
+from grasp.growth import Growth
 from grasp.guarded import SAVED, Guarded, project
 from grasp.subspaces import Subspaces
 
@@ -43,21 +50,9 @@ class Guard:
         residual: project the gradient that flows back through each block's output too.
         indirect: guard value, gate and up matrices, which write through the frozen writers.
         reference: unlabelled prompts from unrelated topics (strings, token id lists, or a
-            `Reference`): bases then grow for each matrix, from `subspaces` or from nothing.
-        rank: largest k of a basis that grows.
-        tokenizer: for `reference` of strings.
-        tokens: of the base model's continuation of each prompt that are compared.
-        batch: prompts in each measurement.
-        every: steps between two measurements of the drift gradient, while a basis has room; when
-            all are full the divergence alone is measured, every `every · refresh` steps.
-        refresh: steps between two growths.
-        grow: directions that join at each growth.
-        tolerance: bases grow only while KL(base ‖ model), in nats per token and averaged since the
-            last growth, is above this.
-        decay: of the average of drift gradients.
-        directions: "drift", or "random" for the control: as many random directions, at the same
-            steps.
-        seed: of the prompts' order and of random directions.
+            `Reference`): what each matrix takes in on them is blocked, and bases of its outputs
+            grow, from `subspaces` or from nothing.
+        growth: with a reference, how: the arguments of `Growth` (read, rank, tokenizer, …).
 
     Raises:
         ValueError: nothing to block, a model the subspaces were not found in, nothing trainable
@@ -73,17 +68,7 @@ class Guard:
         residual: bool = False,
         indirect: bool = True,
         reference: Reference | Sequence | None = None,
-        rank: int = 8,
-        tokenizer=None,
-        tokens: int = 16,
-        batch: int = 32,
-        every: int = 1,
-        refresh: int = 5,
-        grow: int = 2,
-        tolerance: float = 0.0,
-        decay: float = 0.9,
-        directions: str = "drift",
-        seed: int = 0,
+        **growth,
     ):
         if subspaces is None and reference is None:
             raise ValueError(
@@ -91,21 +76,14 @@ class Guard:
             )
         if residual and subspaces is None:
             raise ValueError("residual=True projects along subspaces; give them")
-        if directions not in ("drift", "random"):
-            raise ValueError(f"directions is {directions!r}; choose 'drift' or 'random'")
-        for name, value in (("rank", rank), ("every", every), ("refresh", refresh), ("grow", grow)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; give 1 or more")
+        if growth and reference is None:
+            raise ValueError(f"{min(growth)} says how a reference is used; give reference too")
+        self.growth = None if reference is None else Growth(reference, **growth)
+        if subspaces is None and self.growth.read == self.growth.rank == 0:
+            raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         self.model, self.subspaces, self.optimizer = model, subspaces, optimizer
-        self.residual, self.indirect, self.reference = residual, indirect, reference
-        self.rank, self.every, self.refresh, self.grow = rank, every, refresh, grow
-        self.tolerance, self.directions = tolerance, directions
-        self.generator = torch.Generator().manual_seed(seed)
-        self.decay, self.seed, self.tokenizer = decay, seed, tokenizer
-        self.tokens, self.batch = tokens, batch
+        self.residual, self.indirect = residual, indirect
         self.guarded: list[Guarded] = []
-        self.divergences: list[tuple[int, float]] = []
-        """Drift-guided: the step and KL(base ‖ model) of each measurement."""
         self.steps = 0
         self._handles: list = []
         self._pending: list[Guarded] = []
@@ -146,6 +124,8 @@ class Guard:
         else:
             for g in self.guarded:
                 self._check_start(g)
+            if self.growth is not None:
+                self.growth.start(self.model, self.guarded)
         try:
             self._hook(found)
         except BaseException:
@@ -155,7 +135,7 @@ class Guard:
 
     def detach(self) -> None:
         """Remove every hook; the bases and the counts of `leak` stay."""
-        if self._handles and self.reference is not None and self._backward and not self.steps:
+        if self._handles and self.growth is not None and self._backward and not self.steps:
             warnings.warn(
                 "gradients came but no step of a torch optimizer was seen, so no basis grew and "
                 "nothing was blocked; pass optimizer=",
@@ -167,8 +147,13 @@ class Guard:
         self._pending.clear()
 
     @property
+    def divergences(self) -> list[tuple[int, float]]:
+        """With a reference: the step and KL(base ‖ model) of each measurement."""
+        return [] if self.growth is None else self.growth.divergences
+
+    @property
     def bases(self) -> dict[str, Tensor]:
-        """What each guarded parameter is kept off, `[d_out, k]` by name; empty ones left out."""
+        """What each guarded parameter is kept off, `[d, k]` by name; empty ones left out."""
         return {g.name: g.basis for g in self.guarded if g.basis.shape[1]}
 
     def leak(self) -> dict[str, dict[str, float]]:
@@ -189,8 +174,8 @@ class Guard:
             in nats per token on all reference prompts now, and `divergences` during training.
         """
         found: dict = {"modules": self.leak()}
-        if isinstance(self.reference, Reference):
-            found["divergence"] = self.reference.measure(self.model)
+        if self.growth is not None and isinstance(self.growth.reference, Reference):
+            found["divergence"] = self.growth.reference.measure(self.model)
             found["divergences"] = self.divergences
         return found
 
@@ -206,9 +191,8 @@ class Guard:
             for key in SAVED
             if (tensor := getattr(g, key)) is not None
         }
-        if self.reference is not None:
-            tensors |= {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
-        tensors["generator"] = self.generator.get_state()
+        if self.growth is not None:
+            tensors |= self.growth.state_dict()
         about = {"steps": self.steps, "divergences": self.divergences}
         return write_bytes(path, save(tensors, metadata={"grasp_guard": json.dumps(about)}))
 
@@ -225,19 +209,13 @@ class Guard:
             odd = min(names ^ saved)
             raise ValueError(f"{path} is of another guard: {odd} is in one of them only")
         self.steps = about["steps"]
-        self.divergences = [tuple(d) for d in about["divergences"]]
         for g in self.guarded:
             for key in SAVED:
                 tensor = tensors.get(f"{key}.{g.name}")
                 setattr(g, key, None if tensor is None else tensor.to(g.parameter.device))
-        self.generator.set_state(tensors["generator"])
-        if self.reference is not None:
-            state = {
-                key.removeprefix("reference."): tensor
-                for key, tensor in tensors.items()
-                if key.startswith("reference.")
-            }
-            self.reference = Reference.from_state_dict(state, self.batch)
+        if self.growth is not None:
+            self.growth.load_state_dict(tensors)
+            self.growth.divergences = [tuple(d) for d in about["divergences"]]
 
     def _match(self, found: architecture.Architecture, trained: list[Trained]) -> list[Guarded]:
         bases: dict[str, Tensor] = {}
@@ -245,11 +223,13 @@ class Guard:
             bases = matrix_bases(found, self.subspaces, indirect=self.indirect)
         guarded = []
         for t in trained:
-            grows = self.reference is not None and t.parameter.ndim > 1
+            grows = self.growth is not None and self.growth.rank > 0 and t.parameter.ndim > 1
             if t.matrix.name not in bases and not grows:
                 continue
             size = t.matrix.out_features
             guarded.append(Guarded.of(t, bases.get(t.matrix.name, torch.zeros(size, 0))))
+        if self.growth is not None and self.growth.read > 0:
+            guarded += [Guarded.of(t, torch.zeros(t.size, 0)) for t in found.reading()]
         if not guarded:
             names = [t.name for t in trained] or found.untracked()
             raise ValueError(
@@ -265,10 +245,10 @@ class Guard:
 
     def _check_start(self, g: Guarded) -> None:
         """UᵀΔW = s (Uᵀ B) A stays 0 only if Uᵀ B starts there, for a basis that grows any U."""
-        if g.trained.A is None:
+        if g.trained.partner is None or g.trained.holds == "inputs":
             return
         B = g.parameter.detach().float()
-        start = B if self.reference is not None else g.pinned
+        start = B if self.growth is not None else g.pinned
         if float(start.norm()) > 1e-4 * float(B.norm()):
             raise ValueError(
                 f"{g.name} does not start at 0 (PiSSA, OLoRA, or an adapter trained before): its A "
@@ -291,28 +271,18 @@ class Guard:
 
     def _hook(self, found: architecture.Architecture) -> None:
         for g in self.guarded:
-            self._handles.append(
-                g.parameter.register_post_accumulate_grad_hook(lambda _, g=g: self._collect(g))
-            )
+            if g.parameter.requires_grad:
+                self._handles.append(
+                    g.parameter.register_post_accumulate_grad_hook(lambda _, g=g: self._collect(g))
+                )
         if self.residual:
             for block in found.blocks:
                 if block.index in self.subspaces:
                     U = self.subspaces[block.index].to(next(block.module.parameters()).device)
                     self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
-        if self.reference is not None:
-            if not isinstance(self.reference, Reference):
-                with architecture.base_model(self.model):
-                    self.reference = Reference(
-                        self.model,
-                        self.reference,
-                        self.tokenizer,
-                        tokens=self.tokens,
-                        batch=self.batch,
-                        seed=self.seed,
-                    )
         if self.optimizer is not None:
             self._handles.append(self._inner_optimizer().register_step_post_hook(self._after_step))
-        elif self.reference is not None:
+        elif self.growth is not None:
             # Bases grow between two steps: of whichever optimizer moves the guarded parameters.
             self._handles.append(register_optimizer_step_post_hook(self._after_any_step))
 
@@ -341,14 +311,16 @@ class Guard:
     def _project_gradients(self) -> None:
         self._backward = True
         pending, self._pending = [g for g in self._pending if g.basis.shape[1]], []
-        gradients = [g.parameter.grad for g in pending]
-        if not pending:
-            return
-        before = torch._foreach_norm(gradients)
-        project(pending, gradients)
-        after = torch._foreach_norm(gradients)
-        for g, b, a in zip(pending, before, after, strict=True):
-            g.count(b, a)
+        for holds in ("outputs", "inputs"):  # a weight is kept off both, and counted for each
+            held = [g for g in pending if g.trained.holds == holds]
+            gradients = [g.parameter.grad for g in held]
+            if not held:
+                continue
+            before = torch._foreach_norm(gradients)
+            project(held, gradients)
+            after = torch._foreach_norm(gradients)
+            for g, b, a in zip(held, before, after, strict=True):
+                g.count(b, a)
 
     def _after_any_step(self, optimizer, args, kwargs) -> None:
         if self._moves(optimizer):
@@ -357,60 +329,12 @@ class Guard:
     def _after_step(self, optimizer, args, kwargs) -> None:
         self.steps += 1
         self._pin()
-        if self.reference is None:
-            return
-        if not self._growing():
-            # Nothing needs the drift gradient any more; how far the model moves is still said.
-            if self.steps % (self.every * self.refresh) == 0:
-                with architecture.evaluating(self.model), torch.no_grad():
-                    self._divergence()
-            return
-        if self.steps % self.every == 0:
-            self._measure()
-        if self.steps % self.refresh == 0:
-            self._grow()
+        if self.growth is not None and self.growth.after_step(self.model, self.guarded, self.steps):
             self._pin()
-
-    def _growing(self) -> list[Guarded]:
-        """Whose basis still has room."""
-        return [g for g in self.guarded if g.has_room(self.rank)]
 
     def _pin(self) -> None:
         guarded = [g for g in self.guarded if g.basis.shape[1]]
         project(guarded, [g.parameter for g in guarded], pin=True)
-
-    def _measure(self) -> None:
-        """Average the gradient of the divergence from the base on a few of the prompts."""
-        growing = self._growing()
-        with architecture.evaluating(self.model), torch.enable_grad():
-            gradients = torch.autograd.grad(
-                self._divergence(), [g.parameter for g in growing], allow_unused=True
-            )
-        for g, D in zip(growing, gradients, strict=True):
-            if D is not None:
-                D = D.float()
-                g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
-
-    def _divergence(self) -> Tensor:
-        divergence = self.reference.divergence(self.model, self.reference.sample())
-        self.divergences.append((self.steps, float(divergence.detach())))
-        return divergence
-
-    def _grow(self) -> None:
-        """Let the leading directions of the averaged drift gradient join each basis."""
-        recent = [kl for step, kl in self.divergences if step > self.steps - self.refresh]
-        if not recent or sum(recent) / len(recent) <= self.tolerance:
-            return
-        growing = [g for g in self._growing() if g.average is not None]
-        grown = [torch.cat([g.basis, self._fresh(g)], 1) for g in growing]
-        for g, W, rank in zip(growing, grown, gk.orthonormalize_(grown), strict=True):
-            g.widen(W[:, : int(rank)])
-
-    def _fresh(self, g: Guarded) -> Tensor:
-        fresh = g.fresh(min(self.grow, self.rank - g.basis.shape[1]))
-        if self.directions == "random":
-            fresh = torch.randn(fresh.shape, generator=self.generator).to(fresh)
-        return fresh
 
 
 def _residual_hook(U: Tensor):

@@ -17,17 +17,22 @@ class Guarded:
     """A trained parameter with what it is kept off."""
 
     trained: Trained
-    basis: Tensor  # [d_out, k]
-    pinned: Tensor  # C: [k, n], or [n, k] where the parameter holds its outputs in columns
+    basis: Tensor  # [d_out, k], or [d_in, k] of inputs
+    pinned: Tensor  # C: [k, n] on the left side, [n, k] on the right
     average: Tensor | None = None  # of the drift gradient
     total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d on the device
     blocked: Tensor | None = None
 
     @classmethod
     def of(cls, trained: Trained, basis: Tensor) -> "Guarded":
-        """Pinned to what the parameter does along the basis now."""
+        """Pinned to what the parameter does along the basis now.
+
+        A LoRA A starts random and goes to 0 there, which changes no output while B is 0.
+        """
         self = cls(trained, basis.to(trained.parameter.device), torch.empty(0))
         self.pinned = self.coefficients(self.parameter)
+        if trained.holds == "inputs" and trained.partner is not None:
+            self.pinned = torch.zeros_like(self.pinned)
         return self
 
     @property
@@ -43,13 +48,15 @@ class Guarded:
         return self.trained.side == "left"
 
     def coefficients(self, T: Tensor, basis: Tensor | None = None) -> Tensor:
-        """Uᵀ T, or T U where the parameter holds its outputs in columns."""
+        """Uᵀ T, or T U on the right side."""
         U = self.basis if basis is None else basis
         T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
         return U.mT.to(T) @ T if self.left else T @ U.to(T)
 
     def has_room(self, rank: int) -> bool:
-        return self.parameter.ndim > 1 and self.basis.shape[1] < min(rank, self.basis.shape[0])
+        if self.trained.holds == "inputs" or self.parameter.ndim == 1:
+            return False
+        return self.basis.shape[1] < min(rank, self.basis.shape[0])
 
     def fresh(self, count: int) -> Tensor:
         """Leading directions of the averaged drift gradient outside the basis: `[d_out, count]`."""
@@ -64,13 +71,13 @@ class Guarded:
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's.
 
-        A LoRA B starts at 0 and goes back there along a new direction; of a weight the start is
-        gone, so what it does along a new direction now is what it keeps.
+        A LoRA's factors go to 0 along a new direction, B back to where it started; of a weight the
+        start is gone, so what it does along a new direction now is what it keeps.
         """
         added = basis[:, self.basis.shape[1] :]
         self.basis = basis.contiguous()
         C = self.coefficients(self.parameter, added)
-        C = C if self.trained.A is None else torch.zeros_like(C)
+        C = C if self.trained.partner is None else torch.zeros_like(C)
         self.pinned = torch.cat([self.pinned, C], 0 if self.left else -1)
 
     def count(self, before: Tensor, after: Tensor) -> None:
@@ -90,9 +97,9 @@ class Guarded:
     def _through(self) -> float:
         moved = self.coefficients(self.parameter) - self.pinned
         whole = self.parameter.detach().float()
-        if self.trained.A is not None:
-            A = self.trained.A.detach().float()
-            whole, moved = whole @ A, moved @ A
+        if self.trained.partner is not None:
+            other = self.trained.partner.detach().float()
+            whole, moved = ((T @ other if self.left else other @ T) for T in (whole, moved))
         size = float(whole.norm())
         return float(moved.norm()) / size if size > 0 else 0.0
 

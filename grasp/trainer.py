@@ -48,7 +48,9 @@ class GraspCallback(TrainerCallback):
                 "DeepSpeed steps its own flat copies of the weights, which the guard can't pin; "
                 "train with DDP, or without DeepSpeed"
             )
-        options = {"tokenizer": kwargs.get("processing_class")} | self.options
+        options = self.options
+        if self.reference is not None:
+            options = {"tokenizer": kwargs.get("processing_class")} | options
         self.guard = Guard(
             model, self.subspaces, optimizer=optimizer, reference=self.reference, **options
         )

@@ -119,7 +119,7 @@ def test_pulls_back_through_a_writer():
 def test_trained_parameters_of_lora_and_full():
     model = with_lora(build())
     trained = inspect(model).trained()
-    assert len(trained) == 14 and all(t.side == "left" and t.A is not None for t in trained)
+    assert len(trained) == 14 and all(t.side == "left" and t.partner is not None for t in trained)
     assert inspect(model).untracked() == []
     full = inspect(build("gpt2"))
     sides = {t.name.rsplit(".", 1)[-1]: t.side for t in full.trained()}

@@ -71,7 +71,7 @@ def test_finetune_leaves_a_certificate(guarded):
     about = json.loads((guarded / "run" / "finetune.json").read_text())
     assert about["done"] and about["settings"]["seed"] == 1
     certificate = json.loads((guarded / "run" / "grasp.json").read_text())
-    assert certificate["divergence"] >= 0 and len(certificate["modules"]) == 28
+    assert certificate["divergence"] >= 0 and len(certificate["modules"]) == 56
 
 
 def test_screen_ranks_the_runs_rows(guarded):

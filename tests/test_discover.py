@@ -50,7 +50,7 @@ def test_rotation_of_the_factors_does_not_matter(direction):
     with torch.no_grad():
         for t in architecture.inspect(model).trained():
             t.parameter.copy_(t.parameter @ Q)
-            t.A.copy_(Q.mT @ t.A)
+            t.partner.copy_(Q.mT @ t.partner)
     after = grasp.discover(model, 2)
     assert before.overlap(after)[0] == pytest.approx(1, abs=1e-4)
 

@@ -282,9 +282,8 @@ def test_residual_form_projects_what_flows_back():
 def test_drift_guided_bases_grow_and_hold():
     model = with_lora(build())
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    guard = Guard(
-        model, reference=PROMPTS, tokens=2, optimizer=optimizer, rank=5, refresh=2, grow=2
-    )
+    options = {"rank": 5, "refresh": 2, "grow": 2}
+    guard = Guard(model, reference=PROMPTS, tokens=2, optimizer=optimizer, read=0, **options)
     with guard:
         plain = model(**batch()).logits
         assert not guard.bases
@@ -351,6 +350,49 @@ def test_drift_guided_training_drifts_less():
     assert random > guarded
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("lora", [True, False])
+def test_inputs_of_the_reference_are_not_acted_on(family, lora):
+    """What the update does to them is what lies in the energy that the basis leaves out."""
+
+    def drift(read: float) -> float:
+        model = build(family)
+        if lora:
+            model = with_lora(model, **({"fan_in_fan_out": True} if family == "gpt2" else {}))
+        else:
+            for name, p in model.named_parameters():
+                p.requires_grad_(p.ndim > 1 and ("_proj" in name or "c_" in name))
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        plain = model(**batch()).logits
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1)
+        with Guard(
+            model, reference=PROMPTS, tokens=2, optimizer=optimizer, read=read, rank=2
+        ) as guard:
+            assert torch.equal(model(**batch()).logits, plain)
+            train(model, optimizer, 8)
+            inputs = [g for g in guard.guarded if g.trained.holds == "inputs"]
+            assert bool(inputs) == (read > 0)
+            if inputs:
+                assert max(g.leak()["through"] for g in inputs) <= 1e-6
+                assert min(g.leak()["blocked"] for g in inputs) > 0.1
+        assert max(m["through"] for m in guard.leak().values()) <= 1e-5
+        assert any(not torch.equal(before[n], p) for n, p in model.named_parameters())
+        return guard.growth.reference.measure(model)
+
+    assert drift(0.99) < 0.5 * drift(0.0)
+
+
+def test_a_frozen_lora_a_is_taken_off_the_inputs_too():
+    model = with_lora(build())
+    for name, p in model.named_parameters():
+        if "lora_A" in name:
+            p.requires_grad_(False)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with Guard(model, reference=PROMPTS, tokens=2, optimizer=optimizer) as guard:
+        train(model, optimizer, 2)
+    assert max(m["through"] for m in guard.leak().values()) <= 1e-6
+
+
 @pytest.mark.parametrize("directions", ["drift", "random"])
 def test_state_is_taken_up(tmp_path, directions):
     def start():
@@ -399,8 +441,14 @@ def test_refuses_what_it_can_not_guarantee():
     model = with_lora(build())
     with pytest.raises(ValueError, match="give subspaces"):
         Guard(model)
-    with pytest.raises(ValueError, match="rank is 0"):
-        Guard(model, reference=PROMPTS, rank=0)
+    with pytest.raises(ValueError, match="nothing is blocked"):
+        Guard(model, reference=PROMPTS, rank=0, read=0)
+    with pytest.raises(ValueError, match="rank is -1"):
+        Guard(model, reference=PROMPTS, rank=-1)
+    with pytest.raises(ValueError, match=r"read is 1\.5"):
+        Guard(model, reference=PROMPTS, read=1.5)
+    with pytest.raises(ValueError, match="rank says how a reference is used"):
+        Guard(model, subspaces(), rank=3)
     with pytest.raises(ValueError, match="choose 'drift' or 'random'"):
         Guard(model, reference=PROMPTS, directions="up")
     with pytest.raises(ValueError, match="reference is empty"):

@@ -24,7 +24,8 @@ class Settings:
     steps: int = 360
     learning_rate: float = 3e-4
     lora_rank: int = 8
-    rank: int = 8
+    read: float = 0.95
+    rank: int = 4
     refresh: int = 5
     grow: int = 2
     every: int = 1
@@ -79,6 +80,7 @@ def run(
         callback = GraspCallback(
             reference=world.prompts(task.reference),
             tokens=1,
+            read=settings.read,
             rank=settings.rank,
             refresh=settings.refresh,
             grow=settings.grow,

@@ -1,0 +1,162 @@
+"""How the bases of a guarded run are found on unlabelled, unrelated prompts.
+
+Inputs: at the start, what each matrix takes in on the prompts (`reads`). Outputs: while the run
+trains, the leading left singular vectors of the averaged gradient of KL(base ‖ model) on them.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+import grasp_kernels as gk
+from grasp import architecture
+from grasp.drift import Reference
+from grasp.guarded import Guarded
+from grasp.reads import input_bases
+
+
+class Growth:
+    """Finds bases from a reference and lets them grow.
+
+    Args:
+        reference: unlabelled prompts from unrelated topics: strings, token id lists, a `Reference`.
+        read: share of the energy of each matrix's inputs on the reference that is blocked, from 0
+            (none) up to 1.
+        rank: largest k of a basis that grows; 0 lets none grow.
+        tokenizer: for prompts that are strings.
+        tokens: of the base model's continuation of each prompt that are looked at.
+        batch: prompts in each measurement.
+        every: steps between two measurements of the drift gradient, while a basis has room; when
+            all are full the divergence alone is measured, every `every · refresh` steps.
+        refresh: steps between two growths.
+        grow: directions that join at each growth.
+        tolerance: bases grow only while KL(base ‖ model), in nats per token and averaged since the
+            last growth, is above this.
+        decay: of the average of drift gradients.
+        directions: "drift", or "random" for the control: as many random directions, at the same
+            steps.
+        seed: of the prompts' order and of random directions.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(
+        self,
+        reference: Reference | Sequence,
+        *,
+        read: float = 0.95,
+        rank: int = 4,
+        tokenizer=None,
+        tokens: int = 16,
+        batch: int = 32,
+        every: int = 1,
+        refresh: int = 5,
+        grow: int = 2,
+        tolerance: float = 0.0,
+        decay: float = 0.9,
+        directions: str = "drift",
+        seed: int = 0,
+    ):
+        if directions not in ("drift", "random"):
+            raise ValueError(f"directions is {directions!r}; choose 'drift' or 'random'")
+        for name, value in (("every", every), ("refresh", refresh), ("grow", grow)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
+        if rank < 0:
+            raise ValueError(f"rank is {rank}; give 0 or more")
+        if not 0 <= read < 1:
+            raise ValueError(f"read is {read}; give a share from 0 up to 1, such as 0.95")
+        self.reference, self.tokenizer = reference, tokenizer
+        self.read, self.rank, self.directions = read, rank, directions
+        self.tokens, self.batch, self.seed = tokens, batch, seed
+        self.every, self.refresh, self.grow = every, refresh, grow
+        self.tolerance, self.decay = tolerance, decay
+        self.generator = torch.Generator().manual_seed(seed)
+        self.divergences: list[tuple[int, float]] = []
+        """The step and KL(base ‖ model) of each measurement."""
+
+    def start(self, model: nn.Module, guarded: Sequence[Guarded]) -> None:
+        """Look at the model as it was: its answers to the prompts, and what it takes in there."""
+        with architecture.base_model(model):
+            if not isinstance(self.reference, Reference):
+                self.reference = Reference(
+                    model,
+                    self.reference,
+                    self.tokenizer,
+                    tokens=self.tokens,
+                    batch=self.batch,
+                    seed=self.seed,
+                )
+            reading = [g for g in guarded if g.trained.holds == "inputs"]
+            if not reading:
+                return
+            matrices = [g.trained.matrix for g in reading]
+            bases = input_bases(model, matrices, self.reference, self.read)
+        if self.directions == "random":
+            bases = {name: self._random_like(V) for name, V in bases.items()}
+        for g in reading:
+            g.widen(bases[g.trained.matrix.name])
+
+    def after_step(self, model: nn.Module, guarded: Sequence[Guarded], step: int) -> bool:
+        """Measure and grow when it is time; whether a basis grew, so that weights must follow."""
+        growing = [g for g in guarded if g.has_room(self.rank)]
+        if not growing:
+            # Nothing needs the drift gradient any more; how far the model moves is still said.
+            if step % (self.every * self.refresh) == 0:
+                with architecture.evaluating(model), torch.no_grad():
+                    self._divergence(model, step)
+            return False
+        if step % self.every == 0:
+            self._measure(model, growing, step)
+        return step % self.refresh == 0 and self._widen(growing, step)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        state = {f"reference.{k}": v for k, v in self.reference.state_dict().items()}
+        return state | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.generator.set_state(state["generator"])
+        found = {
+            key.removeprefix("reference."): tensor
+            for key, tensor in state.items()
+            if key.startswith("reference.")
+        }
+        self.reference = Reference.from_state_dict(found, self.batch)
+
+    def _measure(self, model: nn.Module, growing: Sequence[Guarded], step: int) -> None:
+        """Average the gradient of the divergence from the base on a few of the prompts."""
+        with architecture.evaluating(model), torch.enable_grad():
+            gradients = torch.autograd.grad(
+                self._divergence(model, step), [g.parameter for g in growing], allow_unused=True
+            )
+        for g, D in zip(growing, gradients, strict=True):
+            if D is not None:
+                D = D.float()
+                g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
+
+    def _divergence(self, model: nn.Module, step: int) -> Tensor:
+        divergence = self.reference.divergence(model, self.reference.sample())
+        self.divergences.append((step, float(divergence.detach())))
+        return divergence
+
+    def _widen(self, growing: Sequence[Guarded], step: int) -> bool:
+        """Let the leading directions of the averaged drift gradient join each basis."""
+        recent = [kl for at, kl in self.divergences if at > step - self.refresh]
+        if not recent or sum(recent) / len(recent) <= self.tolerance:
+            return False
+        growing = [g for g in growing if g.average is not None]
+        grown = [torch.cat([g.basis, self._fresh(g)], 1) for g in growing]
+        for g, W, rank in zip(growing, grown, gk.orthonormalize_(grown), strict=True):
+            g.widen(W[:, : int(rank)])
+        return True
+
+    def _fresh(self, g: Guarded) -> Tensor:
+        fresh = g.fresh(min(self.grow, self.rank - g.basis.shape[1]))
+        return self._random_like(fresh) if self.directions == "random" else fresh
+
+    def _random_like(self, V: Tensor) -> Tensor:
+        drawn = torch.randn(V.shape, generator=self.generator).to(V)
+        gk.orthonormalize_(drawn)
+        return drawn
