@@ -4,10 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib.util import find_spec
 
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # fastest first
+TRITON_OPS = ("project", "project_")
+TRITON_LARGEST_K = 64
 _override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
 
 
@@ -37,10 +40,10 @@ def choose(op: str, *tensors: torch.Tensor) -> str:
     """
     forced = _forced()
     if forced is not None:
-        if reason := _refusal(forced, op, tensors):
+        if reason := _refusal(forced, op, tensors, True):
             raise RuntimeError(f"backend {forced!r} can't run {op}: {reason}")
         return forced
-    return next(name for name in BACKENDS if _refusal(name, op, tensors) is None)
+    return next(name for name in BACKENDS if _refusal(name, op, tensors, False) is None)
 
 
 def describe(op: str, *tensors: torch.Tensor) -> str:
@@ -50,7 +53,7 @@ def describe(op: str, *tensors: torch.Tensor) -> str:
     lines = [f"{op}: {chosen}" + (" (asked for by name)" if forced else "")]
     for name in BACKENDS[: BACKENDS.index(chosen)]:
         if not forced:
-            lines.append(f"  {name} refused: {_refusal(name, op, tensors)}")
+            lines.append(f"  {name} refused: {_refusal(name, op, tensors, False)}")
     return "\n".join(lines)
 
 
@@ -65,10 +68,21 @@ def _known(name: str, argument: str) -> str:
     return name
 
 
-def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...]) -> str | None:
-    """Why `name` can't run `op` here, or None. The fast backends enter by answering here."""
+def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool) -> str | None:
+    """Why `name` can't run `op` here, or None."""
     if name == "reference":
         return None
-    if any(not t.is_cuda for t in tensors):
-        return f"needs CUDA tensors, got {', '.join(sorted({t.device.type for t in tensors}))}"
-    return f"this version ships no {name} kernel for {op}"
+    if name == "cuda":
+        return f"this version ships no cuda kernel for {op}"
+    if op not in TRITON_OPS:
+        return f"this version ships no triton kernel for {op}"
+    if find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
+    interpreted = forced and os.environ.get("TRITON_INTERPRET") == "1"
+    if not interpreted and (odd := sorted({t.device.type for t in tensors} - {"cuda"})):
+        return f"needs CUDA tensors, got {', '.join(odd)}"
+    if odd := [t for t in tensors if t.dtype == torch.float64]:
+        return f"fp64 {list(odd[0].shape)} would lose precision in it"
+    if tensors[-1].shape[-1] > TRITON_LARGEST_K:
+        return f"k = {tensors[-1].shape[-1]} is above {TRITON_LARGEST_K}"
+    return None

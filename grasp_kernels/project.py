@@ -19,7 +19,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def project_ref(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
-    """The definition: the CPU path, and what every kernel is checked against."""
+    """The definition, and what every kernel is checked against."""
     if left:
         return project_ref(T.mT, basis, None if C is None else C.mT, left=False).mT
     dtype = torch.promote_types(torch.promote_types(T.dtype, basis.dtype), torch.float32)
@@ -28,6 +28,40 @@ def project_ref(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tenso
     if C is not None:
         coefficients = coefficients - C.to(dtype)
     return (X - coefficients @ V.mT).to(T.dtype)
+
+
+# Bytes of `T` in a strip: right strips fit a core's second-level cache; left ones, whose rows are
+# cut, need rows long enough to stream and rely on the last level.
+STRIP = {False: 2 << 20, True: 16 << 20}
+
+
+def project_strips(T: Tensor, basis: Tensor, C: Tensor | None, left: bool, out: Tensor) -> None:
+    """`project_ref` of a matrix into `out`, which may be `T`, for a CPU: a strip at a time.
+
+    What was read to find a strip's coefficients is still in cache when it is written, and nothing
+    as large as `T` is held besides.
+    """
+    if T.ndim > 2:
+        for i in range(T.shape[0]):
+            project_strips(T[i], basis, None if C is None else C[i], left, out[i])
+        return
+    if T.ndim == 1:
+        T, C, out = T[None], None if C is None else C[None], out[None]
+    if left:
+        T, C, out = T.mT, None if C is None else C.mT, out.mT
+    dtype = torch.promote_types(torch.promote_types(T.dtype, basis.dtype), torch.float32)
+    V = basis.to(dtype)
+    rows = max(1, STRIP[left] // max(1, T.shape[1] * dtype.itemsize))
+    for start in range(0, T.shape[0], rows):
+        strip, into = T[start : start + rows], out[start : start + rows]
+        X = strip.to(dtype)
+        coefficients = X @ V
+        if C is not None:
+            coefficients -= C[start : start + rows].to(dtype)
+        if into.dtype == dtype:
+            torch.addmm(X, coefficients, V.mT, alpha=-1, out=into)
+        else:
+            into.copy_(torch.addmm(X, coefficients, V.mT, alpha=-1))
 
 
 def project(T: Tensor, basis: Tensor, C: Tensor | None = None, *, side: Side = "right") -> Tensor:
@@ -92,7 +126,8 @@ def project_(
         if torch.compiler.is_compiling():
             torch.ops.grasp.project_(tensors, bases, Cs or [], left)
         else:  # the boundary of a registered op costs more than a small projection
-            _project_body(tensors, bases, Cs or [], left)
+            _project_body("project_", tensors, tensors, bases, Cs or [], left)
+            torch.autograd.graph.increment_version(tensors)
 
 
 def explain(T: Tensor, basis: Tensor, side: Side = "right") -> str:
@@ -103,8 +138,9 @@ def explain(T: Tensor, basis: Tensor, side: Side = "right") -> str:
 
 @torch.library.custom_op("grasp::project", mutates_args=())
 def _project_op(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
-    dispatch.choose("project", T, basis)
-    return project_ref(T, basis, C, left).contiguous().clone()
+    out = torch.empty_like(T, memory_format=torch.contiguous_format)
+    _project_body("project", [T], [out], [basis], [] if C is None else [C], left)
+    return out
 
 
 @_project_op.register_fake
@@ -129,17 +165,35 @@ def _backward(ctx, gradient: Tensor):
 _project_op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _project_body(Ts: list[Tensor], bases: list[Tensor], Cs: list[Tensor], left: bool) -> None:
-    dispatch.choose("project_", *Ts)
+def _project_body(
+    op: str,
+    Ts: list[Tensor],
+    outs: list[Tensor],
+    bases: list[Tensor],
+    Cs: list[Tensor],
+    left: bool,
+) -> None:
+    fused = []
     for i, T in enumerate(Ts):
-        T.copy_(project_ref(T, bases[i], Cs[i] if Cs else None, left))
+        C = Cs[i] if Cs else None
+        if dispatch.choose(op, T, bases[i]) == "triton":
+            fused.append(i)
+        elif T.device.type == "cpu":
+            project_strips(T, bases[i], C, left, outs[i])
+        else:
+            outs[i].copy_(project_ref(T, bases[i], C, left))
+    if fused:
+        from grasp_kernels.project_triton import project_triton
+
+        chosen = [[given[i] for i in fused] for given in (Ts, outs, bases, Cs) if given]
+        project_triton(*chosen[:3], chosen[3] if Cs else [], left)
 
 
 @torch.library.custom_op("grasp::project_", mutates_args=("Ts",))
 def _project_in_place_op(
     Ts: list[Tensor], bases: list[Tensor], Cs: list[Tensor], left: bool
 ) -> None:
-    _project_body(Ts, bases, Cs, left)
+    _project_body("project_", Ts, Ts, bases, Cs, left)
 
 
 @_project_in_place_op.register_fake
