@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from grasp.architecture import Matrix, evaluating
 from grasp.drift import Reference
 
-TOKENS = 2048  # of the reference are looked at, drawn at random, where it has more
+TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
 BUDGET = 2**30  # bytes of inputs held at a time; the forward passes are done again for the rest
 
 

@@ -9,7 +9,7 @@ from importlib.util import find_spec
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # fastest first
-TRITON_OPS = ("project", "project_")
+TRITON_OPS = ("project", "project_", "orthonormalize_")
 TRITON_LARGEST_K = 64
 _override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
 

@@ -71,6 +71,7 @@ def orthonormalize_(Ws: Tensor | Sequence[Tensor], *, rtol: float | None = None)
             torch.ops.grasp.orthonormalize_(tensors, ranks, rtol)
         else:
             _orthonormalize_body(tensors, ranks, rtol)
+            torch.autograd.graph.increment_version(tensors)
     return ranks
 
 
@@ -79,10 +80,21 @@ def _default_rtol(dtype: torch.dtype) -> float:
 
 
 def _orthonormalize_body(Ws: list[Tensor], ranks: list[Tensor], rtol: float | None) -> None:
-    dispatch.choose("orthonormalize_", *Ws)
+    fused: list[int] = []
     groups: dict[tuple, list[int]] = {}
     for i, W in enumerate(Ws):
-        groups.setdefault((W.shape, W.dtype, W.device), []).append(i)
+        if dispatch.choose("orthonormalize_", W) == "triton":
+            fused.append(i)
+        else:
+            groups.setdefault((W.shape, W.dtype, W.device), []).append(i)
+    if fused:
+        from grasp_kernels.orthonormalize_triton import orthonormalize_triton
+
+        orthonormalize_triton(
+            [Ws[i] for i in fused],
+            [ranks[i] for i in fused],
+            [_default_rtol(Ws[i].dtype) if rtol is None else rtol for i in fused],
+        )
     for (_, dtype, _), members in groups.items():
         tolerance = _default_rtol(dtype) if rtol is None else rtol
         Q, rank = orthonormalize_ref(torch.stack([Ws[i] for i in members]), tolerance)

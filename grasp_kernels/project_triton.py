@@ -24,7 +24,7 @@ KEPT = 256  # tables
 
 
 @triton.jit
-def _rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """To the stored dtype, to nearest even: the interpreter's own cast to bf16 truncates."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -119,7 +119,7 @@ def _strip(
             X = tl.load(T + block * stride + tile, mask=inside, other=0.0)
             X = X.to(tl.float32) - tl.dot(c, tl.trans(V), input_precision=PRECISION)
         target = out + block * out_stride + out_tile
-        tl.store(target, _rounded(X, DTYPE, INTERPRETED), mask=inside)
+        tl.store(target, rounded(X, DTYPE, INTERPRETED), mask=inside)
 
 
 @triton.jit
@@ -243,8 +243,7 @@ def _launch(jobs: list[_Job], left: bool, device: torch.device) -> None:
     count = strips.shape[0]
     strip = max(row[5] for row in rows) * options["BS"] * size
     grid = (min(count, _resident(device, strip)),)
-    # Triton launches on the current device, whichever holds the tensors.
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+    with on_device(device):
         project_kernel[grid](
             table, strips, count, COLUMNS, **options, ALIGNED=aligned, INTERPRETED=INTERPRETED
         )
@@ -289,7 +288,7 @@ def _tables(
         for row in rows
     )
     found = tuple(
-        _to(torch.tensor(values, dtype=dtype), device)
+        to_device(torch.tensor(values, dtype=dtype), device)
         for values, dtype in ((rows, torch.int64), (pairs, torch.int32))
     )
     _cache[key] = (*found, aligned)
@@ -298,7 +297,12 @@ def _tables(
     return _cache[key]
 
 
-def _to(host: Tensor, device: torch.device) -> Tensor:
+def on_device(device: torch.device):
+    """Triton launches on the current device, whichever holds the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+def to_device(host: Tensor, device: torch.device) -> Tensor:
     """A copy that may be captured in a graph: from pinned memory, which stays while it is used."""
     if device.type != "cuda":
         return host

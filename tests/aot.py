@@ -20,27 +20,40 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-def configurations() -> list[dict]:
-    """All that `project_triton.tiling` chooses."""
-    from grasp_kernels.project_triton import tiling
-
-    ranks, sides = (16, 32, 64), ((False, 64), (True, 16), (True, 64))
-    found = [tiling(c, left, KP, n) for c, (left, n), KP in product(range(4), sides, ranks)]
-    return [options for i, options in enumerate(found) if options not in found[:i]]
+SIGNATURES = {"table": "*i64", "strips": "*i32", "count": "i32"}
+RANKS = (16, 32, 64)
 
 
-def compiled(job: tuple[int, dict]) -> dict:
-    from grasp_kernels.project_triton import COLUMNS, project_kernel
+def configurations() -> list[tuple[str, dict]]:
+    """All that each kernel's `tiling` chooses, by the op's name."""
+    from grasp_kernels import orthonormalize_triton, project_triton
 
-    arch, options = job
-    constants = options | {"COLUMNS": COLUMNS, "ALIGNED": True, "INTERPRETED": False}
-    signature = {"table": "*i64", "strips": "*i32", "count": "i32"}
-    names = project_kernel.arg_names
+    sides = ((False, 64), (True, 16), (True, 64))
+    found = [
+        ("project", project_triton.tiling(code, left, KP, widest))
+        for code, (left, widest), KP in product(range(4), sides, RANKS)
+    ]
+    found += [
+        ("orthonormalize", {"CODE": code, **orthonormalize_triton.tiling(KP)})
+        for code, KP in product(range(3), RANKS)
+    ]
+    return [job for i, job in enumerate(found) if job not in found[:i]]
+
+
+def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
+    from grasp_kernels import orthonormalize_triton, project_triton
+
+    arch, (op, options) = job
+    module = {"project": project_triton, "orthonormalize": orthonormalize_triton}[op]
+    kernel = getattr(module, f"{op}_kernel")
+    constants = {"COLUMNS": module.COLUMNS, "ALIGNED": True, "INTERPRETED": False, **options}
+    names = kernel.arg_names
+    pointers = [i for i, n in enumerate(names) if SIGNATURES.get(n, "").startswith("*")]
     source = ASTSource(
-        fn=project_kernel,
-        signature={n: signature.get(n, "constexpr") for n in names},
-        constexprs={n: constants[n] for n in names if n not in signature},
-        attrs={(0,): [["tt.divisibility", 16]], (1,): [["tt.divisibility", 16]]},
+        fn=kernel,
+        signature={n: SIGNATURES.get(n, "constexpr") for n in names},
+        constexprs={n: constants[n] for n in names if n not in SIGNATURES},
+        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     kernel = triton.compile(
         source, target=GPUTarget("cuda", arch, 32), options={"num_warps": options["num_warps"]}
@@ -60,6 +73,7 @@ def compiled(job: tuple[int, dict]) -> dict:
     ptx = kernel.asm["ptx"]
     return {
         "arch": arch,
+        "op": op,
         "options": options,
         "registers": int(fields["REG"]),
         "spilled": int(fields["LOCAL"]) + int(fields["STACK"]),
