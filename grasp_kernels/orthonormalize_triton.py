@@ -146,4 +146,4 @@ def orthonormalize_triton(Ws: list[Tensor], ranks: list[Tensor], rtols: list[flo
 
 def tiling(KP: int) -> dict:
     """The kernel's constants and warps."""
-    return {"KP": KP, "BD": 2048 // KP, "num_warps": 8}
+    return {"KP": KP, "BD": 2048 // KP, "num_warps": 16}

@@ -252,11 +252,11 @@ def _launch(jobs: list[_Job], left: bool, device: torch.device) -> None:
 def tiling(code: int, left: bool, KP: int, widest: int) -> dict:
     """The kernel's constants and warps: without spilled registers on any architecture.
 
-    Rows of a right strip are as long as `T`'s, so few will do; a left strip's should be a memory
-    line of 64 bytes or more, unless no matrix is `widest` enough.
+    A strip is 64 bytes across, two sectors of memory, and reads the basis twice: a narrower one
+    would read more of the basis than of `T`. A LoRA factor is no wider than its rank.
     """
     half = code in (CODES[torch.bfloat16], CODES[torch.float16])
-    BS = 32 if left and half and widest > 16 else 16
+    BS = 32 if half and widest > 16 else 16
     BD = 64 if KP <= 32 else 32
     return {"CODE": code, "LEFT": left, "KP": KP, "BS": BS, "BD": BD, "num_warps": 4}
 

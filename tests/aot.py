@@ -28,7 +28,7 @@ def configurations() -> list[tuple[str, dict]]:
     """All that each kernel's `tiling` chooses, by the op's name."""
     from grasp_kernels import orthonormalize_triton, project_triton
 
-    sides = ((False, 64), (True, 16), (True, 64))
+    sides = list(product((False, True), (16, 64)))
     found = [
         ("project", project_triton.tiling(code, left, KP, widest))
         for code, (left, widest), KP in product(range(4), sides, RANKS)

@@ -1,0 +1,53 @@
+"""Orthonormalisation of many tall matrices against a loop of `torch.linalg.qr`, in one run.
+
+python benchmarks/bench_orthonormalize.py [--device cpu|cuda] [--quick]
+"""
+
+import torch
+from harness import main, timed
+
+import grasp_kernels as gk
+
+GPU_SHAPES = [(64, 8192, 16), (64, 8192, 32), (64, 8192, 64), (448, 4096, 8), (1, 16384, 256)]
+CPU_SHAPES = [(16, 2048, 16), (64, 576, 8)]
+
+
+def measure(device: torch.device, quick: bool) -> list[dict]:
+    rows = []
+    shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
+    for count, d, k in shapes[:2] if quick else shapes:
+        start = [torch.randn(d, k, device=device) for _ in range(count)]
+        Ws = [W.clone() for W in start]
+
+        def ours(Ws=Ws, start=start):
+            torch._foreach_copy_(Ws, start)
+            gk.orthonormalize_(Ws)
+
+        runs = {
+            "ours": ours,
+            "copy": lambda Ws=Ws, start=start: torch._foreach_copy_(Ws, start),
+            "qr loop": lambda start=start: [torch.linalg.qr(W).Q for W in start],
+        }
+        if count > 1:
+            stacked = torch.stack(start)
+            runs["qr batch"] = lambda stacked=stacked: torch.linalg.qr(stacked).Q
+        times = timed(runs, device, 10 if device.type == "cuda" else 5)
+        alone = times["ours"] - times["copy"]
+        ours()
+        Q = torch.stack(Ws).double()
+        error = (Q.mT @ Q - torch.eye(k, device=device)).norm(dim=(1, 2)).max()
+        rows.append(
+            {
+                "matrices": count,
+                "shape": [d, k],
+                "backend": gk.dispatch.choose("orthonormalize_", Ws[0]),
+                "ms": alone,
+                "over": {n: t / alone for n, t in times.items() if n.startswith("qr")},
+                "orthogonality": float(error),
+            }
+        )
+    return rows
+
+
+if __name__ == "__main__":
+    main(__doc__, "orthonormalize", measure)
