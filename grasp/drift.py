@@ -2,8 +2,8 @@
 
     D = mean over tokens of KL(base ‖ model)
 
-Nobody labels the prompts: the tokens are the base model's own continuations, and what is compared
-is its distribution over the next token, kept from the moment the reference is made.
+Nobody labels the prompts: the tokens are continuations drawn from the base model, and what is
+compared is its distribution over the next token, kept from the moment the reference is made.
 """
 
 from collections.abc import Iterator, Sequence
@@ -26,7 +26,7 @@ class Reference:
         tokenizer: for strings.
         tokens: how many tokens of each continuation are compared; it ends early at an end token.
         batch: prompts in one `sample`.
-        seed: which prompts `sample` takes when.
+        seed: of the continuations, and of which prompts `sample` takes when.
 
     Raises:
         ValueError: no prompts, or strings without a tokenizer.
@@ -46,7 +46,7 @@ class Reference:
         self.batch = min(batch, len(rows))
         self.generator = torch.Generator().manual_seed(seed)
         with evaluating(model), torch.no_grad():
-            continued = _continued(model, rows, tokens, self.batch)
+            continued = _continued(model, rows, tokens, self.batch, seed)
             padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
             self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
             # A position is compared where the next token is the continuation's.
@@ -129,9 +129,10 @@ class Reference:
 
 
 def _continued(
-    model: nn.Module, prompts: list[list[int]], tokens: int, batch: int
+    model: nn.Module, prompts: list[list[int]], tokens: int, batch: int, seed: int
 ) -> list[tuple[list[int], list[int]]]:
-    """Each prompt with the model's greedy continuation, and labels that are -100 on the prompt."""
+    """Each prompt with a continuation, and labels that are -100 on the prompt."""
+    generator = torch.Generator().manual_seed(seed)
     by_length: dict[int, list[int]] = {}
     for i, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(i)
@@ -139,23 +140,28 @@ def _continued(
     for same in by_length.values():  # prompts of one length need no padding
         for start in range(0, len(same), batch):
             chosen = same[start : start + batch]
-            found = _greedy(model, [prompts[i] for i in chosen], tokens)
+            found = _drawn(model, [prompts[i] for i in chosen], tokens, generator)
             answers |= dict(zip(chosen, found, strict=True))
     return [(p + answers[i], [IGNORED] * len(p) + answers[i]) for i, p in enumerate(prompts)]
 
 
-def _greedy(model: nn.Module, prompts: list[list[int]], tokens: int) -> list[list[int]]:
-    """The most likely next tokens of equally long prompts, up to an end token."""
+def _drawn(
+    model: nn.Module, prompts: list[list[int]], tokens: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Tokens drawn from the model after prompts of one length, up to an end token."""
     end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     ends = torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
     step = torch.tensor(prompts, device=next(model.parameters()).device)
     cache, found = None, torch.empty(len(prompts), 0, dtype=torch.long)
     while found.shape[1] < tokens and not torch.isin(found, ends).any(1).all():
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
-        step, cache = out.logits[:, -1:].argmax(-1), out.past_key_values
-        found = torch.cat([found, step.cpu()], 1)
-    stopped = torch.isin(found, ends).long().cumsum(1) - torch.isin(found, ends).long() > 0
-    return [row[~over].tolist() for row, over in zip(found, stopped, strict=True)]
+        # Drawn on the CPU, so that a seed means the same tokens on every device.
+        drawn = out.logits[:, -1].float().softmax(-1).cpu().multinomial(1, generator=generator)
+        step, cache = drawn.to(step.device), out.past_key_values
+        found = torch.cat([found, drawn], 1)
+    ended = torch.isin(found, ends).long()
+    over = ended.cumsum(1) - ended > 0
+    return [row[~o].tolist() for row, o in zip(found, over, strict=True)]
 
 
 def _with_rest(logs: Tensor, vocabulary: int) -> Tensor:

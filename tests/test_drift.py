@@ -35,9 +35,22 @@ def test_is_the_mean_kl_over_continued_tokens():
             assert new == 3 or whole[-1] == 2  # an end token ends it early
             logs = [m(input_ids=whole[None]).logits[0].log_softmax(-1) for m in (model, other)]
             base, tuned = (x[len(row) - 1 : -1] for x in logs)
-            assert base.argmax(-1).tolist() == whole[len(row) :].tolist()
             total += (base.exp() * (base - tuned)).sum(-1).tolist()
     assert reference.measure(other) == pytest.approx(sum(total) / len(total), rel=1e-4)
+
+
+def test_continuations_are_drawn_from_the_model():
+    model, count = build(), 3000
+    with torch.no_grad():
+        expected = model(input_ids=torch.tensor([[5, 6]])).logits[0, -1].softmax(-1)
+    reference = Reference(model, [[5, 6]] * count, tokens=1, batch=500)
+    drawn = torch.bincount(reference.ids[:, 2], minlength=len(expected)) / count
+    # Five standard deviations of a share, and a count or two where it is tiny.
+    room = 5 * (expected * (1 - expected) / count).sqrt() + 2 / count
+    assert (drawn - expected).abs().le(room).all()
+    again = Reference(model, [[5, 6]] * count, tokens=1, batch=500)
+    other = Reference(model, [[5, 6]] * count, tokens=1, batch=500, seed=1)
+    assert torch.equal(reference.ids, again.ids) and not torch.equal(reference.ids, other.ids)
 
 
 def test_gradient_matches_finite_differences():
