@@ -1,0 +1,117 @@
+"""The CUDA kernels' own code on a CPU: built with the C++ compiler, called through ctypes."""
+
+import ctypes as c
+import shutil
+import subprocess
+from functools import cache
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+CSRC = Path(__file__).parent.parent / "csrc"
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+COMPILER = shutil.which("c++") or shutil.which("g++")
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Job(c.Structure):
+    _fields_ = [
+        *((n, c.c_void_p) for n in ("input", "out", "basis", "C")),
+        *((n, c.c_int64) for n in ("in_step", "out_step", "basis_d", "basis_k", "C_n", "C_k")),
+        *((n, c.c_int) for n in ("n", "d", "k", "slice")),
+    ]
+
+
+class Entry(c.Structure):
+    _fields_ = [
+        *((n, c.c_void_p) for n in ("input", "out", "basis", "C")),
+        *((n, c.c_int64) for n in ("in_step", "out_step")),
+        *((n, c.c_int) for n in ("n", "d", "k", "C_n", "C_k", "first")),
+        *((n, c.c_short) for n in ("kind", "left")),
+    ]
+
+
+class Tall(c.Structure):
+    _fields_ = [
+        *((n, c.c_void_p) for n in ("W", "rank")),
+        *((n, c.c_int64) for n in ("step", "unit")),
+        ("rtol", c.c_double),
+        *((n, c.c_int) for n in ("d", "k")),
+    ]
+
+
+@cache
+def library(folder: Path) -> c.CDLL:
+    out = folder / "emulated.so"
+    subprocess.run(
+        [COMPILER, "-O2", "-std=c++17", "-shared", "-fPIC", "-Wall", "-Werror", "-o", out]
+        + [CSRC / "emulate.cpp"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return c.CDLL(str(out))
+
+
+def _C(C: Tensor | None, side: str) -> tuple[int | None, int, int]:
+    if C is None:
+        return None, 0, 0
+    return C.data_ptr(), *(C.stride()[::-1] if side == "left" else C.stride())
+
+
+def project(
+    folder: Path, T: Tensor, U: Tensor, C: Tensor | None, side: str, blocks: int, clusters: int
+) -> Tensor:
+    """By a cluster of `blocks` blocks for each strip, the strips shared among the clusters."""
+    out = torch.full_like(T, 7.0)  # poisoned: what is not written shows
+    d, k = U.shape
+    pointer, C_n, C_k = _C(C, side)
+    job = Job(
+        T.data_ptr(),
+        out.data_ptr(),
+        U.data_ptr(),
+        pointer,
+        T.stride(0),
+        out.stride(0),
+        *U.stride(),
+        C_n,
+        C_k,
+        T.numel() // d,
+        d,
+        k,
+        -(-d // (16 * blocks)) * 16,
+    )
+    half, left = int(T.dtype == torch.float16), int(side == "left")
+    assert library(folder).project(c.byref(job), half, left, blocks, clusters) == 0
+    return out
+
+
+def project_list(
+    folder: Path, Ts: list[Tensor], Us: list[Tensor], Cs: list[Tensor | None], sides: list[str]
+) -> list[Tensor]:
+    """Of unlike matrices, each from its own side."""
+    outs = [torch.full_like(T, 7.0) for T in Ts]
+    Us = [U.contiguous() for U in Us]
+    entries, first = [], 0
+    for T, out, U, C, side in zip(Ts, outs, Us, Cs, sides, strict=True):
+        d, k = U.shape
+        n = T.numel() // d
+        pointer, C_n, C_k = _C(C, side)
+        steps = T.stride(0), out.stride(0)
+        entry = (T.data_ptr(), out.data_ptr(), U.data_ptr(), pointer, *steps, n, d, k, C_n, C_k)
+        entries.append(Entry(*entry, first, KINDS[T.dtype], int(side == "left")))
+        first += -(-n // 16)
+    table = (Entry * len(entries))(*entries)
+    widest = max(U.shape[1] for U in Us)
+    assert library(folder).project_entries(table, len(entries), first, widest) == 0
+    return outs
+
+
+def orthonormalize_(folder: Path, W: Tensor, rtol: float) -> int:
+    """In place; returns the rank."""
+    rank = c.c_int64(-1)
+    tall = Tall(W.data_ptr(), c.addressof(rank), *W.stride(), rtol, *W.shape)
+    assert library(folder).orthonormalize_tall(c.byref(tall), KINDS[W.dtype]) == 0
+    return rank.value

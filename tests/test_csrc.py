@@ -1,0 +1,116 @@
+"""The CUDA kernels without a GPU: their own code run on a CPU, and what nvcc makes of them."""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import grasp_kernels as gk
+from grasp_kernels.testing import assert_no_worse, orthonormal, project_fp64, project_torch
+from tests import emulated
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SIDES = ("right", "left")
+emulates = pytest.mark.skipif(emulated.COMPILER is None, reason="no C++ compiler")
+compiles = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("emulated")
+
+
+def inputs(n, d, k, side, dtype, with_C, generator):
+    shape = (d, n) if side == "left" else (n, d)
+    T = torch.randn(shape, generator=generator).to(dtype)
+    C = torch.randn(*((k, n) if side == "left" else (n, k)), generator=generator)
+    return T, orthonormal(d, k, seed=d), C if with_C else None
+
+
+@emulates
+@settings(max_examples=25)
+@given(st.data())
+def test_clusters_agree_with_fp64(folder, data):
+    """Any number of blocks to a strip, slices that end early or hold nothing, strips cut off."""
+    side = data.draw(st.sampled_from(SIDES))
+    dtype = data.draw(st.sampled_from(DTYPES[1:]))
+    blocks = data.draw(st.sampled_from((1, 2, 4)))
+    n, d = 8 * data.draw(st.integers(1, 9)), 8 * data.draw(st.integers(1, 16))
+    if side == "right":
+        n -= data.draw(st.integers(0, 7))  # rows need not be a multiple
+    k = data.draw(st.integers(1, min(d, 40)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    T, U, C = inputs(n, d, k, side, dtype, data.draw(st.booleans()), generator)
+    clusters = data.draw(st.integers(1, 2))
+    out = emulated.project(folder, T, U, C, side, blocks, clusters)
+    assert_no_worse(out, project_torch(T, U, C, side), project_fp64(T, U, C, side), T)
+
+
+@emulates
+def test_the_number_of_blocks_changes_rounding_alone(folder):
+    generator = torch.Generator().manual_seed(0)
+    T, U, _ = inputs(40, 256, 16, "right", torch.bfloat16, False, generator)
+    one, four = (emulated.project(folder, T, U, None, "right", b, 1) for b in (1, 4))
+    torch.testing.assert_close(one, four, atol=2e-2, rtol=0)
+    assert torch.equal(four, emulated.project(folder, T, U, None, "right", 4, 1))
+
+
+@emulates
+@settings(max_examples=25)
+@given(st.data())
+def test_a_list_of_unlike_matrices(folder, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    drawn = []
+    for _ in range(data.draw(st.integers(1, 4))):
+        side, dtype = data.draw(st.sampled_from(SIDES)), data.draw(st.sampled_from(DTYPES))
+        n, d = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 90))
+        k = data.draw(st.integers(0, min(d, 20)))
+        case = inputs(n, d, k, side, dtype, data.draw(st.booleans()), generator)
+        drawn.append((*case, side))
+    Ts, Us, Cs, sides = map(list, zip(*drawn, strict=True))
+    outs = emulated.project_list(folder, Ts, Us, Cs, sides)
+    for out, T, U, C, side in zip(outs, Ts, Us, Cs, sides, strict=True):
+        assert_no_worse(out, project_torch(T, U, C, side), project_fp64(T, U, C, side), T)
+
+
+@emulates
+@settings(max_examples=20)
+@given(st.data())
+def test_orthonormalize_is_the_definition(folder, data):
+    """Integer factors make exact ranks."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
+    d, k = data.draw(st.integers(1, 60)), data.draw(st.integers(0, 20))
+    rank = min(d, k, data.draw(st.integers(0, 6)))
+    factors = [torch.randint(-2, 3, s, generator=generator) for s in ((d, rank), (rank, k))]
+    W = (factors[0] @ factors[1]).float().to(data.draw(st.sampled_from(DTYPES)))
+    expected = W.clone()
+    (known,) = gk.orthonormalize_(expected)
+    found = emulated.orthonormalize_(folder, W, 4 * torch.finfo(W.dtype).eps)
+    assert found == known
+    torch.testing.assert_close(W, expected, atol=16 * torch.finfo(W.dtype).eps, rtol=0)
+
+
+@compiles
+@pytest.mark.parametrize("arch", ["80", "90a", "100", "120"])
+def test_compiles_without_spilling(arch, tmp_path):
+    for source in sorted(emulated.CSRC.glob("*.cu")):
+        done = subprocess.run(
+            ["nvcc", "-std=c++17", "-O3", f"-gencode=arch=compute_{arch},code=sm_{arch}"]
+            + ["-Xptxas", "-v", "-c", source, "-o", tmp_path / "out.o"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr
+        spilled = re.findall(r"(\d+) bytes spill stores", done.stderr)
+        assert spilled and not any(map(int, spilled)), source
+        instructions = subprocess.run(
+            [emulated.TOOLS / "cuobjdump", "--dump-sass", tmp_path / "out.o"],
+            capture_output=True,
+            text=True,
+        ).stdout
+        if source.stem == "project":
+            assert "HMMA" in instructions and "LDSM" in instructions and "LDGSTS" in instructions
