@@ -7,6 +7,7 @@ import torch
 from harness import main, timed
 
 import grasp_kernels as gk
+from grasp_kernels import dispatch
 
 GPU_SHAPES = [(64, 8192, 16), (64, 8192, 32), (64, 8192, 64), (448, 4096, 8), (1, 16384, 256)]
 CPU_SHAPES = [(16, 2048, 16), (64, 576, 8)]
@@ -18,6 +19,11 @@ def measure(device: torch.device, quick: bool) -> list[dict]:
     for count, d, k in shapes[:2] if quick else shapes:
         start = [torch.randn(d, k, device=device) for _ in range(count)]
         Ws = [W.clone() for W in start]
+        try:
+            backend = dispatch.choose("orthonormalize_", Ws[0])
+        except RuntimeError as refused:
+            rows.append({"matrices": count, "shape": [d, k], "refused": str(refused)})
+            continue
 
         def ours(Ws=Ws, start=start):
             torch._foreach_copy_(Ws, start)
@@ -40,7 +46,7 @@ def measure(device: torch.device, quick: bool) -> list[dict]:
             {
                 "matrices": count,
                 "shape": [d, k],
-                "backend": gk.dispatch.choose("orthonormalize_", Ws[0]),
+                "backend": backend,
                 "ms": alone,
                 "over": {n: t / alone for n, t in times.items() if n.startswith("qr")},
                 "orthogonality": float(error),

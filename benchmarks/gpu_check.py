@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_check.py [--out FOLDER]
 
-Writes `gpu_check.json`, `gpu_check.log` and `roofline.png` to FOLDER, or `$OUT`, or
-`benchmarks/results`. Nothing has to be installed but torch, triton, numpy, hypothesis, pytest and
+Builds the CUDA library first, where nvcc is. Writes `gpu_check.json`, `gpu_check.log` and
+`roofline.png` to FOLDER, or `$OUT`, or `benchmarks/results`. Nothing has to be installed but torch, triton, numpy, hypothesis, pytest and
 matplotlib; what is missing is left out and named. Ends with 0 only if all that ran passed.
 """
 
@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -22,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 import torch  # noqa: E402
 
 import grasp_kernels as gk  # noqa: E402
+from grasp_kernels import native  # noqa: E402
 from grasp_kernels.testing import orthonormal, project_fp64, project_torch  # noqa: E402
 
 TESTS = [
@@ -31,6 +33,7 @@ TESTS = [
     "tests/test_orthonormalize_triton.py",
     "tests/test_autograd.py",
     "tests/test_dispatch.py",
+    "tests/test_native.py",
 ]
 SANITIZED = """
 import torch, grasp_kernels as gk
@@ -39,8 +42,17 @@ for side, shape, d in (("right", (37, 300), 300), ("left", (300, 37), 300)):
     for dtype in (torch.float32, torch.bfloat16):
         T = torch.randn(*shape, device="cuda").to(dtype)
         C = torch.randn(*((12, 37) if side == "left" else (37, 12)), device="cuda")
-        gk.project_([T, T.clone()], orthonormal(d, 12).cuda(), C, side=side)
-gk.orthonormalize_([torch.randn(130, 7, device="cuda"), torch.zeros(9, 3, device="cuda")])
+        for name in NAMES:
+            with gk.backend(name):
+                gk.project_([T, T.clone()], orthonormal(d, 12).cuda(), C, side=side)
+big = torch.randn(1024, 1032, device="cuda").bfloat16()
+for name in NAMES:
+    with gk.backend(name):
+        gk.project_(big, orthonormal(1032, 12).cuda())
+        gk.project_(big, orthonormal(1024, 12).cuda(), side="left")
+for name in NAMES:
+    with gk.backend(name):
+        gk.orthonormalize_([torch.randn(130, 7, device="cuda"), torch.zeros(9, 3, device="cuda")])
 torch.cuda.synchronize()
 """
 
@@ -70,36 +82,52 @@ def main() -> int:
         print(f"[{time.monotonic() - started:4.0f} s] {name}")
         harness.show(value if isinstance(value, list) else [value])
 
-    keep("errors", errors(device))
+    keep("build", build(log))
+    names = ["triton"] + ([] if native.missing() else ["cuda"])
+    keep("backends", {"run": names, "cuda": native.missing() or "loaded"})
+    keep("errors", errors(device, names))
     keep("tests", pytest(log))
-    keep("sanitizer", sanitizer(log))
+    keep("sanitizer", sanitizer(log, names))
     keep("copy_GBps", {"copy": harness.copy_bandwidth(device) / 1e9})
     for name, part in (
         ("project", bench_project.matrices),
         ("lists", bench_project.lists),
         ("orthonormalize", bench_orthonormalize.measure),
     ):
-        quick = time.monotonic() - started > options.limit - 180
-        keep(name, part(device, quick))
+        for backend in reversed(names):
+            quick = time.monotonic() - started > options.limit - 180
+            with gk.backend(backend):
+                keep(f"{name}_{backend}", part(device, quick))
     if importlib.util.find_spec("matplotlib"):
         picture(found, options.out / "roofline.png")
-    failed = [name for name in ("errors", "tests", "sanitizer") if not found[name]["passed"]]
+    checks = ("build", "errors", "tests", "sanitizer")
+    failed = [name for name in checks if not found[name]["passed"]]
     print("failed: " + ", ".join(failed) if failed else "all passed")
     return 1 if failed else 0
 
 
-def errors(device: torch.device) -> dict:
-    """Largest error against fp64 over the largest of PyTorch's own, by dtype and side."""
+def build(log) -> dict:
+    if shutil.which("nvcc") is None:
+        return {"passed": True, "left_out": "nvcc is not on the PATH"}
+    major, minor = torch.cuda.get_device_capability()
+    os.environ |= {"GRASP_CUDA": "1", "GRASP_CUDA_ARCHS": f"{major}{minor}{'a' * (major == 9)}"}
+    done = _run([sys.executable, "setup.py", "build_ext", "--inplace"], log)
+    return {"passed": done.returncode == 0, "said": done.stderr[-500:] if done.returncode else ""}
+
+
+def errors(device: torch.device, names: list[str]) -> dict:
+    """Largest error against fp64 over the largest of PyTorch's own, by backend, dtype and side."""
     worst: dict[str, float] = {}
-    for side in ("right", "left"):
+    for backend, side in product(names, ("right", "left")):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for n, d, k in ((1000, 4096, 16), (333, 1000, 7), (64, 14336, 64)):
                 T = torch.randn(*((d, n) if side == "left" else (n, d)), device=device).to(dtype)
                 U = orthonormal(d, k).to(device)
                 exact = project_fp64(T, U, None, side)
-                ours = (gk.project(T, U, side=side).double() - exact).abs().max()
+                with gk.backend(backend):
+                    ours = (gk.project(T, U, side=side).double() - exact).abs().max()
                 theirs = (project_torch(T, U, None, side).double() - exact).abs().max()
-                name = f"{side} {str(dtype).removeprefix('torch.')}"
+                name = f"{backend} {side} {str(dtype).removeprefix('torch.')}"
                 worst[name] = max(worst.get(name, 0.0), float(ours / theirs))
     return {"passed": max(worst.values()) <= 2, "over_pytorch": worst}
 
@@ -113,13 +141,14 @@ def pytest(log) -> dict:
     return {"passed": done.returncode == 0, "summary": last[-1] if last else done.stdout[-300:]}
 
 
-def sanitizer(log) -> dict:
+def sanitizer(log, names: list[str]) -> dict:
     tool = shutil.which("compute-sanitizer")
     if tool is None:
         return {"passed": True, "left_out": "compute-sanitizer is not on the PATH"}
     results = {}
     for check in ("memcheck", "racecheck"):
-        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+        command = [tool, "--tool", check, "--error-exitcode", "9", sys.executable, "-c"]
+        command.append(f"NAMES = {names}\n{SANITIZED}")
         done = _run(command, log)
         results[check] = done.returncode
     return {"passed": not any(results.values()), "exit_codes": results}
@@ -141,8 +170,11 @@ def picture(found: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = found["project"]
-    labels = [f"{r['side']} {r['shape'][0]}×{r['shape'][1]} {r['dtype']} k={r['k']}" for r in rows]
+    rows = found.get("project_cuda", []) + found["project_triton"]
+    labels = []
+    for r in rows:
+        m, n = r["shape"]
+        labels.append(f"{r['backend'].split()[0]} {r['side']} {m}×{n} {r['dtype']} k={r['k']}")
     figure, axes = pyplot.subplots(figsize=(7, 0.36 * len(rows) + 1), layout="constrained")
     axes.barh(labels, [r["share"] for r in rows], color="#2a6f97")
     for i, r in enumerate(rows):

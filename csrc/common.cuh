@@ -4,6 +4,10 @@
 
 #include <cstdint>
 
+namespace grasp {
+enum Kind : int { FLOAT = 0, BFLOAT = 1, HALF = 2 };  // of elements
+}
+
 #ifdef GRASP_EMULATE
 #include "emulate.hpp"
 #else

@@ -1,5 +1,7 @@
 #include "project.cuh"
 
+#include <type_traits>
+
 #include "bindings.h"
 
 namespace grasp {
@@ -66,6 +68,21 @@ static cudaError_t with_rank(const Job& job, const Device& device, cudaStream_t 
   if (job.k <= 16) return launch<T, LEFT, 16>(job, device, stream);
   if (job.k <= 32) return launch<T, LEFT, 32>(job, device, stream);
   return launch<T, LEFT, 64>(job, device, stream);
+}
+
+bool project_fits(const Job& given, bool left, const Device& device) {
+  Job job = given;
+  const int largest = device.major >= 9 ? LARGEST_CLUSTER : 1;
+  const auto fits = [&](auto side, auto rank) {
+    return cluster_for<decltype(side)::value, decltype(rank)::value>(
+               job, device.shared_per_block, device.shared, largest) != 0;
+  };
+  const auto with_side = [&](auto side) {
+    if (job.k <= 16) return fits(side, std::integral_constant<int, 16>());
+    if (job.k <= 32) return fits(side, std::integral_constant<int, 32>());
+    return job.k <= 64 && fits(side, std::integral_constant<int, 64>());
+  };
+  return left ? with_side(std::true_type()) : with_side(std::false_type());
 }
 
 cudaError_t project(const Job& job, bool half, bool left, const Device& device, cudaStream_t s) {

@@ -11,20 +11,20 @@ namespace grasp {
 
 constexpr int LIST_THREADS = 256;
 constexpr int SIDE = 16;
-enum Kind : int { FLOAT = 0, BFLOAT = 1, HALF = 2 };
 
 struct Entry {
   void* in;
   void* out;
   const float* basis;  // [d, k], rows one after another
-  const float* C;      // or null
-  int64_t in_step, out_step;
-  int n, d, k, C_n, C_k;
+  const float* C;      // [n, k] or, if `C_turned`, [k, n], rows one after another; or null
+  int in_step, out_step, n, d;
   int first;  // of all the strips of the launch, this matrix's first one
-  short kind, left;
+  short k;
+  unsigned char kind;
+  bool left : 1, C_turned : 1;
 };
 
-constexpr int ENTRIES = 440;  // of 72 bytes: what 32 KiB of kernel arguments hold
+constexpr int ENTRIES = 584;  // of 56 bytes: what 32 KiB of kernel arguments hold
 struct Table {
   Entry entries[ENTRIES];
   int count;
@@ -102,7 +102,7 @@ struct ListStrip {
       const int64_t position = origin + at / KP;
       const int j = at % KP;
       if (entry.C != nullptr && position < entry.n && j < entry.k) {
-        sum -= entry.C[position * entry.C_n + int64_t(j) * entry.C_k];
+        sum -= entry.C[entry.C_turned ? int64_t(j) * entry.n + position : position * entry.k + j];
       }
       shared[at] = sum;
     }

@@ -1,16 +1,17 @@
 """Which implementation runs an operation, and why the faster ones were refused."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from importlib import import_module
 from importlib.util import find_spec
 
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # fastest first
-TRITON_OPS = ("project", "project_", "orthonormalize_")
-TRITON_LARGEST_K = 64
+LARGEST_K = 64  # of the fast backends
+LONGEST = 11_000  # d of a matrix that the CUDA library orthonormalises: in 99 KiB on every device
 _override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
 
 
@@ -68,21 +69,30 @@ def _known(name: str, argument: str) -> str:
     return name
 
 
+def implementation(stem: str, name: str) -> Callable | None:
+    """The function behind a fast backend, loaded now; None for the reference."""
+    if name == "reference":
+        return None
+    module = "native" if name == "cuda" else f"{stem}_triton"
+    suffix = "native" if name == "cuda" else "triton"
+    return getattr(import_module(f"grasp_kernels.{module}"), f"{stem}_{suffix}")
+
+
 def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool) -> str | None:
     """Why `name` can't run `op` here, or None."""
     if name == "reference":
         return None
-    if name == "cuda":
-        return f"this version ships no cuda kernel for {op}"
-    if op not in TRITON_OPS:
-        return f"this version ships no triton kernel for {op}"
-    if find_spec("triton") is None:
-        return "triton is not installed; pip install triton"
-    interpreted = forced and os.environ.get("TRITON_INTERPRET") == "1"
+    interpreted = name == "triton" and forced and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and (odd := sorted({t.device.type for t in tensors} - {"cuda"})):
         return f"needs CUDA tensors, got {', '.join(odd)}"
+    if name == "cuda" and (reason := import_module("grasp_kernels.native").missing()):
+        return reason
+    if name == "triton" and find_spec("triton") is None:
+        return "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:
         return f"fp64 {list(odd[0].shape)} would lose precision in it"
-    if tensors[-1].shape[-1] > TRITON_LARGEST_K:
-        return f"k = {tensors[-1].shape[-1]} is above {TRITON_LARGEST_K}"
+    if tensors[-1].shape[-1] > LARGEST_K:
+        return f"k = {tensors[-1].shape[-1]} is above {LARGEST_K}"
+    if name == "cuda" and op == "orthonormalize_" and tensors[0].shape[0] > LONGEST:
+        return f"d = {tensors[0].shape[0]} is above {LONGEST}, a column in shared memory"
     return None

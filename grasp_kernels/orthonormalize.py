@@ -80,23 +80,20 @@ def _default_rtol(dtype: torch.dtype) -> float:
 
 
 def _orthonormalize_body(Ws: list[Tensor], ranks: list[Tensor], rtol: float | None) -> None:
-    fused: list[int] = []
+    by_backend: dict[str, list[int]] = {}
+    for i, W in enumerate(Ws):
+        by_backend.setdefault(dispatch.choose("orthonormalize_", W), []).append(i)
+    for name, chosen in by_backend.items():
+        run = dispatch.implementation("orthonormalize", name) or _orthonormalize_each
+        rtols = [_default_rtol(Ws[i].dtype) if rtol is None else rtol for i in chosen]
+        run([Ws[i] for i in chosen], [ranks[i] for i in chosen], rtols)
+
+
+def _orthonormalize_each(Ws: list[Tensor], ranks: list[Tensor], rtols: list[float]) -> None:
     groups: dict[tuple, list[int]] = {}
     for i, W in enumerate(Ws):
-        if dispatch.choose("orthonormalize_", W) == "triton":
-            fused.append(i)
-        else:
-            groups.setdefault((W.shape, W.dtype, W.device), []).append(i)
-    if fused:
-        from grasp_kernels.orthonormalize_triton import orthonormalize_triton
-
-        orthonormalize_triton(
-            [Ws[i] for i in fused],
-            [ranks[i] for i in fused],
-            [_default_rtol(Ws[i].dtype) if rtol is None else rtol for i in fused],
-        )
-    for (_, dtype, _), members in groups.items():
-        tolerance = _default_rtol(dtype) if rtol is None else rtol
+        groups.setdefault((W.shape, W.dtype, W.device, rtols[i]), []).append(i)
+    for (_, _, _, tolerance), members in groups.items():
         Q, rank = orthonormalize_ref(torch.stack([Ws[i] for i in members]), tolerance)
         for n, i in enumerate(members):
             Ws[i].copy_(Q[n])

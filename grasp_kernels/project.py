@@ -173,20 +173,22 @@ def _project_body(
     Cs: list[Tensor],
     left: bool,
 ) -> None:
-    fused = []
+    by_backend: dict[str, list[int]] = {}
+    for i, T in enumerate(Ts):
+        by_backend.setdefault(dispatch.choose(op, T, bases[i]), []).append(i)
+    for name, chosen in by_backend.items():
+        run = dispatch.implementation("project", name) or _project_each
+        some_Cs = [Cs[i] for i in chosen] if Cs else []
+        run(*([given[i] for i in chosen] for given in (Ts, outs, bases)), some_Cs, left)
+
+
+def _project_each(Ts, outs, bases, Cs, left: bool) -> None:
     for i, T in enumerate(Ts):
         C = Cs[i] if Cs else None
-        if dispatch.choose(op, T, bases[i]) == "triton":
-            fused.append(i)
-        elif T.device.type == "cpu":
+        if T.device.type == "cpu":
             project_strips(T, bases[i], C, left, outs[i])
         else:
             outs[i].copy_(project_ref(T, bases[i], C, left))
-    if fused:
-        from grasp_kernels.project_triton import project_triton
-
-        chosen = [[given[i] for i in fused] for given in (Ts, outs, bases, Cs) if given]
-        project_triton(*chosen[:3], chosen[3] if Cs else [], left)
 
 
 @torch.library.custom_op("grasp::project_", mutates_args=("Ts",))

@@ -17,6 +17,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
+from grasp_kernels.matrices import matrices
+
 CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIXED = 3
 COLUMNS = 14  # of a row of the table, as `_row` fills it
@@ -169,8 +171,9 @@ def project_triton(
     groups: dict[tuple, list[_Job]] = {}
     staged: list[tuple[Tensor, Tensor]] = []
     for i, T in enumerate(Ts):
-        for job in _jobs(T, outs[i], bases[i], Cs[i] if Cs else None, left, staged):
-            groups.setdefault((job.T.device, job.left), []).append(job)
+        for matrix, out, C in matrices(T, outs[i], Cs[i] if Cs else None, left, staged):
+            job = _Job(matrix, out, bases[i], C, left)
+            groups.setdefault((T.device, job.left), []).append(job)
     for (device, side), jobs in groups.items():
         _launch(jobs, side, device)
     for kept, out in staged:
@@ -209,27 +212,6 @@ class _Job:
             C_k,
             CODES[T.dtype],
         )
-
-
-def _jobs(T, out, basis, C, left, staged) -> list[_Job]:
-    if T.ndim == 1:
-        T, out, C = T[None], out[None], None if C is None else C[None]
-    if T.ndim > 2 and not left and T.is_contiguous() and out.is_contiguous():
-        T, out = T.flatten(0, -2), out.flatten(0, -2)
-        C = None if C is None else C.flatten(0, -2)
-    if T.numel() == 0:
-        return []
-    if T.ndim > 2:
-        parts = (
-            _jobs(T[i], out[i], basis, None if C is None else C[i], left, staged)
-            for i in range(T.shape[0])
-        )
-        return [job for part in parts for job in part]
-    if not any(T.stride(dim) == out.stride(dim) == 1 for dim in (0, 1)):
-        kept = torch.empty_like(out, memory_format=torch.contiguous_format)
-        staged.append((kept, out))
-        T, out = T.contiguous(), kept
-    return [_Job(T, out, basis, C, left)]
 
 
 def _launch(jobs: list[_Job], left: bool, device: torch.device) -> None:

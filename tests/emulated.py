@@ -27,9 +27,10 @@ class Job(c.Structure):
 class Entry(c.Structure):
     _fields_ = [
         *((n, c.c_void_p) for n in ("input", "out", "basis", "C")),
-        *((n, c.c_int64) for n in ("in_step", "out_step")),
-        *((n, c.c_int) for n in ("n", "d", "k", "C_n", "C_k", "first")),
-        *((n, c.c_short) for n in ("kind", "left")),
+        *((n, c.c_int) for n in ("in_step", "out_step", "n", "d", "first")),
+        ("k", c.c_short),
+        ("kind", c.c_ubyte),
+        ("flags", c.c_ubyte),  # bit 0: left; bit 1: C is [k, n]
     ]
 
 
@@ -98,10 +99,10 @@ def project_list(
     for T, out, U, C, side in zip(Ts, outs, Us, Cs, sides, strict=True):
         d, k = U.shape
         n = T.numel() // d
-        pointer, C_n, C_k = _C(C, side)
-        steps = T.stride(0), out.stride(0)
-        entry = (T.data_ptr(), out.data_ptr(), U.data_ptr(), pointer, *steps, n, d, k, C_n, C_k)
-        entries.append(Entry(*entry, first, KINDS[T.dtype], int(side == "left")))
+        left = int(side == "left")
+        pointers = T.data_ptr(), out.data_ptr(), U.data_ptr(), None if C is None else C.data_ptr()
+        entry = (*pointers, T.stride(0), out.stride(0), n, d, first, k, KINDS[T.dtype], 3 * left)
+        entries.append(Entry(*entry))
         first += -(-n // 16)
     table = (Entry * len(entries))(*entries)
     widest = max(U.shape[1] for U in Us)
