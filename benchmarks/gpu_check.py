@@ -3,8 +3,9 @@
     python benchmarks/gpu_check.py [--out FOLDER]
 
 Builds the CUDA library first, where nvcc is. Writes `gpu_check.json`, `gpu_check.log` and
-`roofline.png` to FOLDER, or `$OUT`, or `benchmarks/results`. Nothing has to be installed but torch, triton, numpy, hypothesis, pytest and
-matplotlib; what is missing is left out and named. Ends with 0 only if all that ran passed.
+`roofline.png` to FOLDER, or `$OUT`, or `benchmarks/results`. Nothing has to be installed but torch,
+triton, numpy, hypothesis, pytest and matplotlib; what is missing is left out and named. Ends with 0
+only if all that ran passed.
 """
 
 import argparse
