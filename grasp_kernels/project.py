@@ -30,16 +30,14 @@ def project_ref(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tenso
     return (X - coefficients @ V.mT).to(T.dtype)
 
 
-# Bytes of `T` in a strip: right strips fit a core's second-level cache; left ones, whose rows are
-# cut, need rows long enough to stream and rely on the last level.
-STRIP = {False: 2 << 20, True: 16 << 20}
+STRIP = 4 << 20  # bytes of a strip that is converted to fp32 on a CPU
 
 
 def project_strips(T: Tensor, basis: Tensor, C: Tensor | None, left: bool, out: Tensor) -> None:
-    """`project_ref` of a matrix into `out`, which may be `T`, for a CPU: a strip at a time.
+    """`project_ref` of a matrix into `out`, which may be `T`, for a CPU.
 
-    What was read to find a strip's coefficients is still in cache when it is written, and nothing
-    as large as `T` is held besides.
+    Nothing as large as `T` is held besides: the last product is subtracted as it is made, and a
+    16-bit `T` is converted a strip at a time.
     """
     if T.ndim > 2:
         for i in range(T.shape[0]):
@@ -51,7 +49,9 @@ def project_strips(T: Tensor, basis: Tensor, C: Tensor | None, left: bool, out: 
         T, C, out = T.mT, None if C is None else C.mT, out.mT
     dtype = torch.promote_types(torch.promote_types(T.dtype, basis.dtype), torch.float32)
     V = basis.to(dtype)
-    rows = max(1, STRIP[left] // max(1, T.shape[1] * dtype.itemsize))
+    rows = max(1, STRIP // max(1, T.shape[1] * dtype.itemsize))
+    if T.dtype == out.dtype == dtype:
+        rows = max(1, T.shape[0])
     for start in range(0, T.shape[0], rows):
         strip, into = T[start : start + rows], out[start : start + rows]
         X = strip.to(dtype)
