@@ -119,7 +119,8 @@ def main(description: str, name: str, measure: Callable[[torch.device, bool], li
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=kind)
     parser.add_argument("--out", type=Path, default=None)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes")
+    parser.add_argument("--quick", action="store_true", help="less of everything")
+    parser.add_argument("--model", help="bench_finetune: of which one step is taken")
     options = parser.parse_args()
     device = torch.device(options.device)
     rows = measure(device, options.quick)

@@ -30,6 +30,9 @@ DEVICE void copy16(void* shared, const void* global, bool inside) {
   const int bytes = inside ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(global), "r"(bytes));
 }
+DEVICE void write16(void* global, const void* shared) {
+  *static_cast<uint4*>(global) = *static_cast<const uint4*>(shared);
+}
 DEVICE void copies_commit() { asm volatile("cp.async.commit_group;"); }
 template <int N>
 DEVICE void copies_wait() {

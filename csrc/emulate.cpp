@@ -84,3 +84,10 @@ extern "C" int orthonormalize_tall(const Tall* tall, int kind) {
   if (kind == FLOAT) return tall_with_rank<float>(*tall);
   return kind == BFLOAT ? tall_with_rank<bf16>(*tall) : tall_with_rank<fp16>(*tall);
 }
+
+// What the projections have moved since the last call.
+extern "C" void moved(int64_t* read, int64_t* written) {
+  *read = bytes_read;
+  *written = bytes_written;
+  bytes_read = bytes_written = 0;
+}

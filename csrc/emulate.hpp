@@ -90,9 +90,6 @@ struct Index {
   } x;
 };
 inline Index threadIdx;
-struct uint4 {
-  uint32_t x, y, z, w;
-};
 
 inline void __syncthreads() { wait(block_now().barrier, int(block_now().warps.size()) * 32); }
 inline int cluster_size() { return int(cluster_now->blocks.size()); }
@@ -104,6 +101,8 @@ T* of_rank(T* shared, int rank) {
   return reinterpret_cast<T*>(cluster_now->blocks[rank].shared.data() + offset);
 }
 
+inline int64_t bytes_read = 0, bytes_written = 0;  // of matrices, to and from global memory
+
 inline void check_aligned(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16) throw std::runtime_error("not aligned to 16 bytes");
 }
@@ -111,6 +110,13 @@ inline void copy16(void* shared, const void* global, bool inside) {
   check_aligned(shared);
   check_aligned(global);
   inside ? std::memcpy(shared, global, 16) : std::memset(shared, 0, 16);
+  bytes_read += inside ? 16 : 0;
+}
+inline void write16(void* global, const void* shared) {
+  check_aligned(shared);
+  check_aligned(global);
+  std::memcpy(global, shared, 16);
+  bytes_written += 16;
 }
 inline void copies_commit() {}
 template <int N>

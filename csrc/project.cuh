@@ -106,8 +106,7 @@ struct Strip {
     for (int i = thread; i < rows * chunks; i += THREADS) {
       const int r = i / chunks, column = i % chunks * 8;
       if (inside(index, r, column)) {
-        *reinterpret_cast<uint4*>(out + offset(index, r, column, job.out_step)) =
-            *reinterpret_cast<const uint4*>(strip() + r * row + column);
+        write16(out + offset(index, r, column, job.out_step), strip() + r * row + column);
       }
     }
   }

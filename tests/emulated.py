@@ -116,3 +116,10 @@ def orthonormalize_(folder: Path, W: Tensor, rtol: float) -> int:
     tall = Tall(W.data_ptr(), c.addressof(rank), *W.stride(), rtol, *W.shape)
     assert library(folder).orthonormalize_tall(c.byref(tall), KINDS[W.dtype]) == 0
     return rank.value
+
+
+def moved(folder: Path) -> tuple[int, int]:
+    """Bytes of matrices read from and written to global memory since the last call."""
+    counts = c.c_int64(), c.c_int64()
+    library(folder).moved(*map(c.byref, counts))
+    return counts[0].value, counts[1].value

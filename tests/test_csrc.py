@@ -51,6 +51,18 @@ def test_clusters_agree_with_fp64(folder, data):
 
 
 @emulates
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("blocks", [1, 4])
+def test_reads_once_and_writes_once(folder, side, blocks):
+    generator = torch.Generator().manual_seed(0)
+    T, U, C = inputs(72, 120, 16, side, torch.bfloat16, True, generator)
+    emulated.moved(folder)
+    emulated.project(folder, T, U, C, side, blocks, 2)
+    floor = T.numel() * T.element_size()
+    assert emulated.moved(folder) == (floor, floor)
+
+
+@emulates
 def test_the_number_of_blocks_changes_rounding_alone(folder):
     generator = torch.Generator().manual_seed(0)
     T, U, _ = inputs(40, 256, 16, "right", torch.bfloat16, False, generator)

@@ -1,0 +1,57 @@
+"""One LoRA step of a real model, plain and guarded, side by side: the guard's share of a step.
+
+python benchmarks/bench_finetune.py [--device cpu|cuda] [--model NAME] [--quick]
+"""
+
+import sys
+
+import torch
+from harness import main, timed
+
+from grasp.finetune import Settings, add_lora, default_prompts
+from grasp.guard import Guard
+from grasp.models import load_model
+
+NAME = "smollm2-135m-instruct"
+ROWS, TOKENS = 8, 128
+
+
+def measure(device: torch.device, quick: bool) -> list[dict]:
+    name = sys.argv[sys.argv.index("--model") + 1] if "--model" in sys.argv else NAME
+    settings = Settings(model=name, data="-", out="-")
+    steps = {}
+    for guarded in (False, True):
+        model, tokenizer = load_model(name)
+        model = add_lora(model, settings).to(device).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-4)
+        ids = torch.randint(100, 1000, (ROWS, TOKENS), device=device)
+
+        def step(model=model, optimizer=optimizer, ids=ids):
+            model(input_ids=ids, labels=ids).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        if guarded:
+            prompts = default_prompts()[: 16 if quick else 96]
+            options = {"tokenizer": tokenizer, "rank": 4, "every": 1, "refresh": 1, "grow": 4}
+            guard = Guard(model, reference=prompts, optimizer=optimizer, **options).attach()
+            step()  # grows its bases
+            guard.growth.every = 10**9  # from here on as after the first steps of a run
+        steps["guarded" if guarded else "plain"] = step
+    times = timed(steps, device, 20 if device.type == "cuda" else 7)
+    ranks = [m["rank"] for m in guard.leak().values()]
+    return [
+        {
+            "model": name,
+            "batch": [ROWS, TOKENS],
+            "lora_rank": settings.lora_rank,
+            "mean_rank": sum(ranks) / len(ranks),
+            "plain_ms": times["plain"],
+            "guarded_over_plain": times["guarded"] / times["plain"],
+        }
+    ]
+
+
+if __name__ == "__main__":
+    main(__doc__, "finetune", measure)
