@@ -38,7 +38,7 @@ class Reference:
         prompts: Sequence[str] | Sequence[Sequence[int]],
         tokenizer=None,
         *,
-        tokens: int = 16,
+        tokens: int = 64,
         batch: int = 32,
         seed: int = 0,
     ):

@@ -50,7 +50,7 @@ class Settings:
     read: float = 0.95
     """Share of the energy of each matrix's inputs on the reference that is blocked."""
     rank: int = 4
-    tokens: int = 16
+    tokens: int = 64
     batch: int = 8
     every: int = 1
     refresh: int = 5

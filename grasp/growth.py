@@ -49,7 +49,7 @@ class Growth:
         read: float = 0.95,
         rank: int = 4,
         tokenizer=None,
-        tokens: int = 16,
+        tokens: int = 64,
         batch: int = 32,
         every: int = 1,
         refresh: int = 5,

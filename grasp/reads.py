@@ -18,7 +18,7 @@ from grasp.architecture import Matrix, evaluating
 from grasp.drift import Reference
 
 TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
-BUDGET = 2**30  # bytes of inputs held at a time; the forward passes are done again for the rest
+BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done again for the rest
 
 
 def input_bases(
