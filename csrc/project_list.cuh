@@ -67,13 +67,17 @@ struct ListStrip {
     return LEFT ? at * step + origin + s : (origin + s + i) * step + at;
   }
 
-  DEVICE void coefficients() {
+  DEVICE void values(int at, float (&x)[ROWS]) const {
     const T* in = static_cast<const T*>(entry.in);
+    UNROLL
+    for (int i = 0; i < ROWS; ++i) x[i] = has(i) ? widen(in[offset(i, at, entry.in_step)]) : 0.0f;
+  }
+
+  DEVICE void coefficients() {
     float sums[ROWS][KP] = {};
     for (int at = e; at < entry.d; at += STEP) {
       float x[ROWS];
-      UNROLL
-      for (int i = 0; i < ROWS; ++i) x[i] = has(i) ? widen(in[offset(i, at, entry.in_step)]) : 0.0f;
+      values(at, x);
       const float* v = entry.basis + int64_t(at) * entry.k;
       UNROLL
       for (int j = 0; j < KP; ++j) {
@@ -110,7 +114,6 @@ struct ListStrip {
   }
 
   DEVICE void take_off() {
-    const T* in = static_cast<const T*>(entry.in);
     T* out = static_cast<T*>(entry.out);
     float c[ROWS][KP];
     UNROLL
@@ -121,8 +124,7 @@ struct ListStrip {
     const int last = e < entry.d ? e + (entry.d - 1 - e) / STEP * STEP : -1;
     for (int at = last; at >= 0; at -= STEP) {
       float x[ROWS];
-      UNROLL
-      for (int i = 0; i < ROWS; ++i) x[i] = has(i) ? widen(in[offset(i, at, entry.in_step)]) : 0.0f;
+      values(at, x);
       const float* v = entry.basis + int64_t(at) * entry.k;
       UNROLL
       for (int j = 0; j < KP; ++j) {

@@ -99,6 +99,18 @@ def test_leading_dimensions_and_vectors(side):
         )
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_rows_far_apart(side, monkeypatch):
+    """As if a tile's offsets ran out of 32 bits at a few thousand elements."""
+    monkeypatch.setattr("grasp_kernels.matrices.FAR", 100)
+    T = torch.randn(20, 200, device=DEVICE)[:, :20]
+    U, exact = orthonormal(20, 3).to(DEVICE), T.clone()
+    exact = project_fp64(exact, U, None, side)
+    with gk.backend("triton"):
+        gk.project_(T, U, side=side)
+    torch.testing.assert_close(T.double(), exact, atol=1e-5, rtol=0)
+
+
 def test_one_launch_for_a_list_and_tables_are_kept(monkeypatch):
     from grasp_kernels import project_triton
 
