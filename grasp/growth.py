@@ -95,7 +95,8 @@ class Growth:
             matrices = [g.trained.matrix for g in reading]
             bases = input_bases(model, matrices, self.reference, self.read)
         if self.directions == "random":
-            bases = {name: self._random_like(V) for name, V in bases.items()}
+            generator = torch.Generator().manual_seed(self.seed)
+            bases = {name: _random_like(V, generator) for name, V in bases.items()}
         for g in reading:
             g.widen(bases[g.trained.matrix.name])
 
@@ -154,9 +155,10 @@ class Growth:
 
     def _fresh(self, g: Guarded) -> Tensor:
         fresh = g.fresh(min(self.grow, self.rank - g.basis.shape[1]))
-        return self._random_like(fresh) if self.directions == "random" else fresh
+        return _random_like(fresh, self.generator) if self.directions == "random" else fresh
 
-    def _random_like(self, V: Tensor) -> Tensor:
-        drawn = torch.randn(V.shape, generator=self.generator).to(V)
-        gk.orthonormalize_(drawn)
-        return drawn
+
+def _random_like(V: Tensor, generator: torch.Generator) -> Tensor:
+    drawn = torch.randn(V.shape, generator=generator).to(V)
+    gk.orthonormalize_(drawn)
+    return drawn

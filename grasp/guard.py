@@ -188,12 +188,12 @@ class Guard:
         tensors = {
             f"{key}.{g.name}": tensor.clone().contiguous()  # a shared basis is stored for each
             for g in self.guarded
-            for key in SAVED
-            if (tensor := getattr(g, key)) is not None
+            for key, tensor in g.saved().items()
         }
         if self.growth is not None:
             tensors |= self.growth.state_dict()
-        about = {"steps": self.steps, "divergences": self.divergences}
+        names = [g.name for g in self.guarded]
+        about = {"steps": self.steps, "divergences": self.divergences, "guarded": names}
         return write_bytes(path, save(tensors, metadata={"grasp_guard": json.dumps(about)}))
 
     def _load(self, path: Path) -> None:
@@ -203,18 +203,16 @@ class Guard:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
         except (SafetensorError, KeyError, OSError) as error:
             raise ValueError(f"{path} is no saved guard ({error})") from error
-        names = {g.name for g in self.guarded}
-        saved = {key.removeprefix("basis.") for key in tensors if key.startswith("basis.")}
-        if names != saved:
-            odd = min(names ^ saved)
+        if odd := {g.name for g in self.guarded} ^ set(about["guarded"]):
+            odd = min(odd)
             raise ValueError(f"{path} is of another guard: {odd} is in one of them only")
         self.steps = about["steps"]
         for g in self.guarded:
-            for key in SAVED:
-                tensor = tensors.get(f"{key}.{g.name}")
-                setattr(g, key, None if tensor is None else tensor.to(g.parameter.device))
+            kept = {key: tensors.get(f"{key}.{g.name}") for key in SAVED}
+            g.restore(kept)
         if self.growth is not None:
             self.growth.load_state_dict(tensors)
+            self.growth.start(self.model, [g for g in self.guarded if g.remade])
             self.growth.divergences = [tuple(d) for d in about["divergences"]]
 
     def _match(self, found: architecture.Architecture, trained: list[Trained]) -> list[Guarded]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import grasp_kernels as gk
 from grasp.architecture import Trained
 
-SAVED = ("basis", "pinned", "average", "total", "blocked")  # what a resumed run must not make anew
+SAVED = ("basis", "pinned", "average", "total", "blocked")
 
 
 @dataclass
@@ -42,6 +42,23 @@ class Guarded:
     @property
     def parameter(self) -> nn.Parameter:
         return self.trained.parameter
+
+    @property
+    def remade(self) -> bool:
+        """Whether its basis follows from the base model, which an adapter leaves as it was."""
+        return self.trained.holds == "inputs" and self.trained.partner is not None
+
+    def saved(self) -> dict[str, Tensor]:
+        """What a resumed run must not make anew, by `SAVED` key."""
+        keys = [key for key in SAVED if not (self.remade and key in ("basis", "pinned"))]
+        return {key: t for key in keys if (t := getattr(self, key)) is not None}
+
+    def restore(self, saved: dict[str, Tensor]) -> None:
+        """Take back what `saved` gave."""
+        for key in SAVED:
+            if not (self.remade and key in ("basis", "pinned")):
+                t = saved.get(key)
+                setattr(self, key, None if t is None else t.to(self.parameter.device))
 
     @property
     def left(self) -> bool:

@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from grasp import Guard, Reference, Subspaces, architecture
 from grasp_kernels.testing import orthonormal
@@ -393,10 +394,14 @@ def test_a_frozen_lora_a_is_taken_off_the_inputs_too():
     assert max(m["through"] for m in guard.leak().values()) <= 1e-6
 
 
+@pytest.mark.parametrize("lora", [True, False])
 @pytest.mark.parametrize("directions", ["drift", "random"])
-def test_state_is_taken_up(tmp_path, directions):
+def test_state_is_taken_up(tmp_path, directions, lora):
     def start():
-        model = with_lora(build())
+        model = with_lora(build()) if lora else build()
+        if not lora:
+            for name, p in model.named_parameters():
+                p.requires_grad_("_proj" in name)
         optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
         options = {"tokens": 2, "refresh": 2, "rank": 6, "batch": 4, "optimizer": optimizer}
         options["directions"] = directions
@@ -411,6 +416,10 @@ def test_state_is_taken_up(tmp_path, directions):
     with guard:
         train(model, optimizer, 3)
         guard.save(tmp_path / "guard.safetensors")
+        kept = load_file(tmp_path / "guard.safetensors")
+        # An adapter leaves the base model, so what it sees there need not be kept.
+        assert any("lora_A" in key and "basis" in key for key in kept) is False
+        assert any("inputs" in key and "basis" in key for key in kept) is not lora
     weights, state = model.state_dict(), optimizer.state_dict()
     model, optimizer, guard = start()
     model.load_state_dict(weights)
