@@ -49,6 +49,8 @@ class Settings:
     """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
     read: float = 0.95
     """Share of the energy of each matrix's inputs on the reference that is blocked."""
+    read_rank: int | None = None
+    """Largest number of directions of inputs for each matrix; None sets no limit."""
     rank: int = 4
     tokens: int = 64
     batch: int = 8
@@ -243,6 +245,7 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
         reference=read_prompts(settings.reference),
         directions="random" if settings.method == "random" else "drift",
         read=settings.read,
+        read_rank=settings.read_rank,
         rank=settings.rank,
         tokens=settings.tokens,
         batch=settings.batch,

@@ -23,6 +23,7 @@ class Growth:
         reference: unlabelled prompts from unrelated topics: strings, token id lists, a `Reference`.
         read: share of the energy of each matrix's inputs on the reference that is blocked, from 0
             (none) up to 1.
+        read_rank: largest k of such a basis; None sets no limit.
         rank: largest k of a basis that grows; 0 lets none grow.
         tokenizer: for prompts that are strings.
         tokens: of the base model's continuation of each prompt that are looked at.
@@ -47,6 +48,7 @@ class Growth:
         reference: Reference | Sequence,
         *,
         read: float = 0.95,
+        read_rank: int | None = None,
         rank: int = 4,
         tokenizer=None,
         tokens: int = 64,
@@ -66,10 +68,13 @@ class Growth:
                 raise ValueError(f"{name} is {value}; give 1 or more")
         if rank < 0:
             raise ValueError(f"rank is {rank}; give 0 or more")
+        if read_rank is not None and read_rank < 1:
+            raise ValueError(f"read_rank is {read_rank}; give 1 or more, or None for no limit")
         if not 0 <= read < 1:
             raise ValueError(f"read is {read}; give a share from 0 up to 1, such as 0.95")
         self.reference, self.tokenizer = reference, tokenizer
-        self.read, self.rank, self.directions = read, rank, directions
+        self.read, self.read_rank = read, read_rank
+        self.rank, self.directions = rank, directions
         self.tokens, self.batch, self.seed = tokens, batch, seed
         self.every, self.refresh, self.grow = every, refresh, grow
         self.tolerance, self.decay = tolerance, decay
@@ -93,7 +98,7 @@ class Growth:
             if not reading:
                 return
             matrices = [g.trained.matrix for g in reading]
-            bases = input_bases(model, matrices, self.reference, self.read)
+            bases = input_bases(model, matrices, self.reference, self.read, self.read_rank)
         if self.directions == "random":
             generator = torch.Generator().manual_seed(self.seed)
             bases = {name: _random_like(V, generator) for name, V in bases.items()}

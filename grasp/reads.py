@@ -1,7 +1,8 @@
 """What each matrix takes in on unrelated prompts: inputs on which a fine-tune may not act.
 
     X̂ [t, d_in]   inputs at the reference's tokens, each of length 1
-    V [d_in, k]   leading right singular vectors of X̂, k the least with ‖X̂ V‖² ≥ energy · ‖X̂‖²
+    V [d_in, k]   leading right singular vectors of X̂, k the least with ‖X̂ V‖² ≥ energy · ‖X̂‖²,
+                  or the largest allowed
 
 A change ΔW with ΔW V = 0 leaves the matrix as it was on such inputs, whatever it does on others:
 the null space of old inputs as in continual learning (Wang et al. 2021, arXiv:2103.07113; Saha et
@@ -22,7 +23,11 @@ BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done ag
 
 
 def input_bases(
-    model: nn.Module, matrices: Sequence[Matrix], reference: Reference, energy: float
+    model: nn.Module,
+    matrices: Sequence[Matrix],
+    reference: Reference,
+    energy: float,
+    rank: int | None = None,
 ) -> dict[str, Tensor]:
     """Bases `[d_in, k]`, fp32, by the names of the matrices; those with one input share one.
 
@@ -31,6 +36,7 @@ def input_bases(
         matrices: of that model.
         reference: its prompts and continuations are the tokens looked at.
         energy: share of the inputs' energy that the bases hold, above 0 and below 1.
+        rank: largest k; None sets no limit.
     """
     inputs = _Inputs(model, matrices, reference)
     bases: dict[str, Tensor] = {}
@@ -42,18 +48,18 @@ def input_bases(
             used += size * inputs.width[waiting[0]]
             fits.append(waiting.pop(0))
         for name, X in inputs.collect(fits).items():
-            bases[name] = _leading(X, energy)
+            bases[name] = _leading(X, energy, rank)
     return {m.name: bases[inputs.owner[m.name]] for m in matrices}
 
 
-def _leading(X: Tensor, energy: float) -> Tensor:
+def _leading(X: Tensor, energy: float, rank: int | None) -> Tensor:
     """The leading right singular vectors `[d, k]` of `X [t, d]` that hold a share of its energy."""
     tall = X.shape[0] >= X.shape[1]
     gram = (X.mT @ X if tall else X @ X.mT).double()
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     k = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
-    V = vectors[:, :k]
+    V = vectors[:, :k] if rank is None else vectors[:, : min(k, rank)]
     if not tall:
         V = torch.linalg.qr(X.mT.double() @ V).Q
     return V.float().contiguous()

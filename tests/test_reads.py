@@ -43,6 +43,14 @@ def test_the_fewest_directions_that_hold_the_energy(family, energy):
         assert best[: k - 1].sum() / best.sum() < energy + 1e-5
 
 
+def test_no_more_than_allowed():
+    model, matrices, reference, whole = found()
+    few = reads.input_bases(model, matrices, reference, 0.9, rank=3)
+    for name, V in few.items():
+        assert V.shape[1] == min(3, whole[name].shape[1])
+        torch.testing.assert_close(V, whole[name][:, : V.shape[1]])
+
+
 def test_maps_with_one_input_share_a_basis():
     _, matrices, _, bases = found()
     of = {m.name.rsplit(".", 2)[0] + m.name.rsplit(".", 1)[-1]: bases[m.name] for m in matrices}
