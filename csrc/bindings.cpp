@@ -147,8 +147,8 @@ static void project_all(std::vector<Tensor> Ts, std::vector<Tensor> outs,
   launch();
 }
 
-static void orthonormalize_all(
-    std::vector<Tensor> Ws, std::vector<Tensor> ranks, std::vector<double> rtols) {
+static void orthonormalize_all(std::vector<Tensor> Ws, std::vector<Tensor> Qs,
+                               std::vector<Tensor> ranks, std::vector<double> rtols) {
   if (Ws.empty()) return;
   const int index = Ws[0].get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(index);
@@ -168,8 +168,14 @@ static void orthonormalize_all(
       if (kind_of(Ws[i]) != kind) continue;
       if (talls.count == TALLS) launch();
       const int d = Ws[i].size(0), k = Ws[i].size(1);
-      talls.matrices[talls.count++] = {Ws[i].data_ptr(), static_cast<int64_t*>(ranks[i].data_ptr()),
-                                       Ws[i].stride(0), Ws[i].stride(1), rtols[i], d, k};
+      talls.matrices[talls.count++] = {Ws[i].data_ptr(),
+                                       static_cast<double*>(Qs[i].data_ptr()),
+                                       static_cast<int64_t*>(ranks[i].data_ptr()),
+                                       Ws[i].stride(0),
+                                       Ws[i].stride(1),
+                                       rtols[i],
+                                       d,
+                                       k};
       widest = std::max(widest, k);
       longest = std::max(longest, d);
     }

@@ -2,8 +2,9 @@
 //
 //   for each column:  w <- w / |w|;  twice:  w <- w - Q (Q^T w);  keep w / |w| where |w| > rtol
 //
-// Sums are fp64 and the column at hand stays in shared memory. A kept column goes at once to its
-// place before the ones that are dropped; those are 0 in the end.
+// All in fp64: a column rounded before the next is taken off it would hide that the next depends on
+// it. The column at hand stays in shared memory. A kept column goes at once before the ones that are
+// dropped; those are 0 in the end.
 #pragma once
 
 #include "common.cuh"
@@ -14,13 +15,14 @@ constexpr int TALL_THREADS = 256;
 
 struct Tall {
   void* W;
+  double* Q;  // [d, k], for the columns found so far
   int64_t* rank;
   int64_t step, unit;  // elements between rows, and between columns
   double rtol;
   int d, k;
 };
 
-constexpr int TALLS = 600;  // of 48 bytes: what 32 KiB of kernel arguments hold
+constexpr int TALLS = 584;  // of 56 bytes: what 32 KiB of kernel arguments hold
 struct Talls {
   Tall matrices[TALLS];
   int count;
@@ -65,7 +67,7 @@ DEVICE void orthonormalize(const Tall& m, double* shared) {
         w[e] = x;
         UNROLL
         for (int j = 0; j < KP; ++j) {
-          if (j < rank) inside[j] += widen(W[e * m.step + j * m.unit]) * x;
+          if (j < rank) inside[j] += m.Q[int64_t(e) * m.k + j] * x;
         }
       }
       __syncthreads();
@@ -86,7 +88,7 @@ DEVICE void orthonormalize(const Tall& m, double* shared) {
       mine = 0.0;
       for (int e = thread; e < m.d; e += TALL_THREADS) {
         double x = w[e];
-        for (int j = 0; j < rank; ++j) x -= double(widen(W[e * m.step + j * m.unit])) * c[j];
+        for (int j = 0; j < rank; ++j) x -= m.Q[int64_t(e) * m.k + j] * c[j];
         w[e] = x;
         mine += x * x;
       }
@@ -95,14 +97,15 @@ DEVICE void orthonormalize(const Tall& m, double* shared) {
     }
     if (keep) {  // the same in every thread
       for (int e = thread; e < m.d; e += TALL_THREADS) {
-        round_to(W[e * m.step + rank * m.unit], float(w[e] / size));
+        m.Q[int64_t(e) * m.k + rank] = w[e] / size;
       }
       ++rank;
     }
     __syncthreads();
   }
-  for (int64_t i = thread; i < int64_t(m.d) * (m.k - rank); i += TALL_THREADS) {
-    round_to(W[i / (m.k - rank) * m.step + (rank + i % (m.k - rank)) * m.unit], 0.0f);
+  for (int64_t i = thread; i < int64_t(m.d) * m.k; i += TALL_THREADS) {
+    const int j = i % m.k;
+    round_to(W[i / m.k * m.step + j * m.unit], j < rank ? float(m.Q[i]) : 0.0f);
   }
   if (thread == 0) *m.rank = rank;
 }

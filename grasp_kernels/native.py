@@ -16,7 +16,7 @@ torch.library.define(
 )
 torch.library.define(
     "grasp_native::orthonormalize_all",
-    "(Tensor(a!)[] Ws, Tensor(b!)[] ranks, float[] rtols) -> ()",
+    "(Tensor(a!)[] Ws, Tensor(b!)[] Qs, Tensor(c!)[] ranks, float[] rtols) -> ()",
 )
 
 
@@ -60,8 +60,9 @@ def project_native(
 
 def orthonormalize_native(Ws: list[Tensor], ranks: list[Tensor], rtols: list[float]) -> None:
     """Each `W [d, k]` in place and its rank; one launch for each device and dtype."""
+    Qs = [torch.empty(W.shape, dtype=torch.float64, device=W.device) for W in Ws]
     for device in dict.fromkeys(W.device for W in Ws):
         chosen = [i for i, W in enumerate(Ws) if W.device == device]
         torch.ops.grasp_native.orthonormalize_all(
-            *([given[i] for i in chosen] for given in (Ws, ranks, rtols))
+            *([given[i] for i in chosen] for given in (Ws, Qs, ranks, rtols))
         )

@@ -2,8 +2,8 @@
 
     for each column:  w ← w / ‖w‖;  twice:  w ← w − Q (Qᵀ w);  keep w / ‖w‖ where ‖w‖ > rtol
 
-The definition's own order, with sums in fp64, so the rank is found where it is needed and a kept
-column goes at once to its place before the ones that are dropped.
+The definition's own order in fp64 throughout: a column rounded before the next is taken off it
+would hide that the next depends on it. A kept column goes at once before the ones that are dropped.
 """
 
 import struct
@@ -25,11 +25,10 @@ def _inverse_root(total):
 
 
 @triton.jit
-def _tile(W, at, j, step, unit, d, rank):
-    """The columns of Q found so far, in fp64."""
+def _tile(Q, at, j, d, k, rank):
+    """The columns found so far, `Q [d, k]` in fp64."""
     inside = (at[:, None] < d) & (j[None, :] < rank)
-    pointers = W + at[:, None].to(tl.int64) * step + j[None, :] * unit
-    return tl.load(pointers, mask=inside, other=0.0).to(tl.float64)
+    return tl.load(Q + at[:, None].to(tl.int64) * k + j[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
@@ -37,11 +36,12 @@ def _orthonormalize(
     row, DTYPE: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr
 ):
     W = tl.load(row).to(tl.pointer_type(DTYPE))
-    w = tl.load(row + 1).to(tl.pointer_type(tl.float64))  # the column at hand, [d]
+    w = tl.load(row + 1).to(tl.pointer_type(tl.float64))  # the column at hand, [d], and then Q
     rank_out = tl.load(row + 2).to(tl.pointer_type(tl.int64))
     d, k = tl.load(row + 3), tl.load(row + 4)
     step, unit = tl.load(row + 5), tl.load(row + 6)
     rtol = tl.load(row + 7).to(tl.float64, bitcast=True)
+    Q = w + d
     j = tl.arange(0, KP)
     e = tl.arange(0, BD)
     blocks = tl.cdiv(d, BD)
@@ -61,21 +61,13 @@ def _orthonormalize(
             c = tl.zeros((KP,), tl.float64)
             for block in range(0, blocks):
                 at = block * BD + e
-                inside = (at[:, None] < d) & (j[None, :] < rank)
-                Q = tl.load(
-                    W + at[:, None].to(tl.int64) * step + j[None, :] * unit, mask=inside, other=0.0
-                )
                 x = tl.load(w + at, mask=at < d, other=0.0) * scale
-                c += tl.sum(Q.to(tl.float64) * x[:, None], 0)
+                c += tl.sum(_tile(Q, at, j, d, k, rank) * x[:, None], 0)
             total = tl.full((), 0.0, tl.float64)
             for block in range(0, blocks):
                 at = block * BD + e
-                inside = (at[:, None] < d) & (j[None, :] < rank)
-                Q = tl.load(
-                    W + at[:, None].to(tl.int64) * step + j[None, :] * unit, mask=inside, other=0.0
-                )
                 x = tl.load(w + at, mask=at < d, other=0.0) * scale
-                x -= tl.sum(Q.to(tl.float64) * c[None, :], 1)
+                x -= tl.sum(_tile(Q, at, j, d, k, rank) * c[None, :], 1)
                 total += tl.sum(x * x, 0)
                 tl.store(w + at, x, mask=at < d)
             tl.debug_barrier()
@@ -85,15 +77,14 @@ def _orthonormalize(
         for block in range(0, blocks):
             at = block * BD + e
             x = tl.load(w + at, mask=at < d, other=0.0) * scale
-            x = rounded(x.to(tl.float32), DTYPE, INTERPRETED)
-            tl.store(W + at.to(tl.int64) * step + rank * unit, x, mask=at < kept)
+            tl.store(Q + at.to(tl.int64) * k + rank, x, mask=at < kept)
         tl.debug_barrier()
         rank += tl.where(kept > 0, 1, 0)
     for block in range(0, blocks):
         at = block * BD + e
-        inside = (at[:, None] < d) & (j[None, :] >= rank) & (j[None, :] < k)
-        zero = tl.zeros((BD, KP), tl.float32).to(DTYPE)
-        tl.store(W + at[:, None].to(tl.int64) * step + j[None, :] * unit, zero, mask=inside)
+        x = rounded(_tile(Q, at, j, d, k, rank).to(tl.float32), DTYPE, INTERPRETED)
+        inside = (at[:, None] < d) & (j[None, :] < k)
+        tl.store(W + at[:, None].to(tl.int64) * step + j[None, :] * unit, x, mask=inside)
     tl.store(rank_out, rank)
 
 
@@ -124,7 +115,8 @@ def orthonormalize_triton(Ws: list[Tensor], ranks: list[Tensor], rtols: list[flo
     for i, W in enumerate(Ws):
         groups.setdefault((W.device, W.dtype), []).append(i)
     for (device, dtype), members in groups.items():
-        scratch = [torch.empty(Ws[i].shape[0], dtype=torch.float64, device=device) for i in members]
+        sizes = [Ws[i].shape[0] * (1 + Ws[i].shape[1]) for i in members]
+        scratch = [torch.empty(n, dtype=torch.float64, device=device) for n in sizes]
         rows = [
             (
                 Ws[i].data_ptr(),

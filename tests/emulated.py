@@ -41,7 +41,7 @@ class Entry(c.Structure):
 
 class Tall(c.Structure):
     _fields_ = [
-        *((n, c.c_void_p) for n in ("W", "rank")),
+        *((n, c.c_void_p) for n in ("W", "Q", "rank")),
         *((n, c.c_int64) for n in ("step", "unit")),
         ("rtol", c.c_double),
         *((n, c.c_int) for n in ("d", "k")),
@@ -118,7 +118,8 @@ def project_list(
 def orthonormalize_(folder: Path, W: Tensor, rtol: float) -> int:
     """In place; returns the rank."""
     rank = c.c_int64(-1)
-    tall = Tall(W.data_ptr(), c.addressof(rank), *W.stride(), rtol, *W.shape)
+    Q = torch.full(W.shape, 7.0, dtype=torch.float64)
+    tall = Tall(W.data_ptr(), Q.data_ptr(), c.addressof(rank), *W.stride(), rtol, *W.shape)
     assert library(folder).orthonormalize_tall(c.byref(tall), KINDS[W.dtype]) == 0
     return rank.value
 

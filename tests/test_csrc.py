@@ -103,7 +103,7 @@ def test_orthonormalize_is_the_definition(folder, data):
     (known,) = gk.orthonormalize_(expected)
     found = emulated.orthonormalize_(folder, W, 4 * torch.finfo(W.dtype).eps)
     assert found == known
-    torch.testing.assert_close(W, expected, atol=16 * torch.finfo(W.dtype).eps, rtol=0)
+    torch.testing.assert_close(W, expected, atol=2 * torch.finfo(W.dtype).eps, rtol=0)
 
 
 @compiles
