@@ -138,4 +138,4 @@ def orthonormalize_triton(Ws: list[Tensor], ranks: list[Tensor], rtols: list[flo
 
 def tiling(KP: int) -> dict:
     """The kernel's constants and warps."""
-    return {"KP": KP, "BD": 2048 // KP, "num_warps": 16}
+    return {"KP": KP, "BD": 1024 // KP, "num_warps": 16}
