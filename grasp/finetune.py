@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from grasp import data
+from grasp import data, growth
 from grasp.files import read_json, write_json
 from grasp.models import load_model
 from grasp.subspaces import Subspaces
@@ -74,6 +74,9 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; give a positive number")
+        growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
+        if self.read == self.rank == 0 and self.subspaces is None and self.method != "plain":
+            raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         if not self.drift_guided and self.subspaces is None and self.method != "plain":
             raise ValueError("drift_guided is off and no subspaces are given; give one of the two")
 
@@ -158,6 +161,7 @@ def run(
     adapter = out / "adapter"
     if _is_done(out, settings):
         return adapter
+    callback = guard_callback(settings)
     rows = data.read_rows(settings.data, settings.limit)
     model, tokenizer = load_model(settings.model)
     encoded = data.encode(rows, tokenizer, settings.max_length)
@@ -171,7 +175,6 @@ def run(
         if after_step is not None:
             after_step(step)
 
-    callback = guard_callback(settings)
     fit(
         model,
         tokenizer,

@@ -16,6 +16,25 @@ from grasp.guarded import Guarded
 from grasp.reads import input_bases
 
 
+def check(
+    read: float, read_rank: int | None, rank: int, every: int, refresh: int, grow: int
+) -> None:
+    """Refuse arguments of `Growth` that are out of their range.
+
+    Raises:
+        ValueError: names the argument, what came, and what to give.
+    """
+    for name, value in (("every", every), ("refresh", refresh), ("grow", grow)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; give 1 or more")
+    if rank < 0:
+        raise ValueError(f"rank is {rank}; give 0 or more")
+    if read_rank is not None and read_rank < 1:
+        raise ValueError(f"read_rank is {read_rank}; give 1 or more, or None for no limit")
+    if not 0 <= read < 1:
+        raise ValueError(f"read is {read}; give a share from 0 up to 1, such as 0.95")
+
+
 class Growth:
     """Finds bases from a reference and lets them grow.
 
@@ -63,15 +82,7 @@ class Growth:
     ):
         if directions not in ("drift", "random"):
             raise ValueError(f"directions is {directions!r}; choose 'drift' or 'random'")
-        for name, value in (("every", every), ("refresh", refresh), ("grow", grow)):
-            if value < 1:
-                raise ValueError(f"{name} is {value}; give 1 or more")
-        if rank < 0:
-            raise ValueError(f"rank is {rank}; give 0 or more")
-        if read_rank is not None and read_rank < 1:
-            raise ValueError(f"read_rank is {read_rank}; give 1 or more, or None for no limit")
-        if not 0 <= read < 1:
-            raise ValueError(f"read is {read}; give a share from 0 up to 1, such as 0.95")
+        check(read, read_rank, rank, every, refresh, grow)
         self.reference, self.tokenizer = reference, tokenizer
         self.read, self.read_rank = read, read_rank
         self.rank, self.directions = rank, directions

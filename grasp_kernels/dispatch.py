@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -78,6 +79,12 @@ def implementation(stem: str, name: str) -> Callable | None:
     return getattr(import_module(f"grasp_kernels.{module}"), f"{stem}_{suffix}")
 
 
+@cache
+def _has_triton() -> bool:
+    """Looked up once: a list of hundreds of tensors asks for each."""
+    return find_spec("triton") is not None
+
+
 def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool) -> str | None:
     """Why `name` can't run `op` here, or None."""
     if name == "reference":
@@ -87,7 +94,7 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
         return f"needs CUDA tensors, got {', '.join(odd)}"
     if name == "cuda" and (reason := import_module("grasp_kernels.native").missing()):
         return reason
-    if name == "triton" and find_spec("triton") is None:
+    if name == "triton" and not _has_triton():
         return "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:
         return f"fp64 {list(odd[0].shape)} would lose precision in it"

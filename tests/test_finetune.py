@@ -166,6 +166,11 @@ def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, m
         ({"reference": "none.txt"}, FileNotFoundError, "no reference prompts"),
         ({"method": "magic"}, ValueError, "choose one of plain, grasp, random"),
         ({"steps": 0}, ValueError, "steps is 0"),
+        ({"read": 1.5}, ValueError, r"read is 1\.5"),
+        ({"read_rank": 0}, ValueError, "read_rank is 0"),
+        ({"rank": -1}, ValueError, "rank is -1"),
+        ({"read": 0.0, "rank": 0}, ValueError, "nothing is blocked"),
+        ({"refresh": 0}, ValueError, "refresh is 0"),
         ({"drift_guided": False}, ValueError, "no subspaces are given"),
         ({"stepps": 3}, ValueError, "unknown setting 'stepps'"),
         ({"model": ""}, ValueError, "model is missing"),
@@ -174,7 +179,7 @@ def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, m
 def test_bad_settings(rows_file, prompts_file, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         run(settings(rows_file, prompts_file, tmp_path / "out", **change), quiet=True)
-    assert not (tmp_path / "out" / "adapter").exists()
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
