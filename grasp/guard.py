@@ -32,7 +32,7 @@ from grasp.bases import matrix_bases
 from grasp.drift import Reference
 from grasp.files import write_bytes
 from grasp.growth import Growth
-from grasp.guarded import SAVED, Guarded, project
+from grasp.guarded import SAVED, Guarded, count, project
 from grasp.subspaces import Subspaces
 
 
@@ -314,11 +314,9 @@ class Guard:
             gradients = [g.parameter.grad for g in held]
             if not held:
                 continue
-            before = torch._foreach_norm(gradients)
+            before = torch._foreach_norm(gradients, 2, torch.float32)
             project(held, gradients)
-            after = torch._foreach_norm(gradients)
-            for g, b, a in zip(held, before, after, strict=True):
-                g.count(b, a)
+            count(held, before, torch._foreach_norm(gradients, 2, torch.float32))
 
     def _after_any_step(self, optimizer, args, kwargs) -> None:
         if self._moves(optimizer):

@@ -20,7 +20,7 @@ class Guarded:
     basis: Tensor  # [d_out, k], or [d_in, k] of inputs
     pinned: Tensor  # C: [k, n] on the left side, [n, k] on the right
     average: Tensor | None = None  # of the drift gradient
-    total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d on the device
+    total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d fp32 on the device
     blocked: Tensor | None = None
 
     @classmethod
@@ -97,13 +97,6 @@ class Guarded:
         C = C if self.trained.partner is None else torch.zeros_like(C)
         self.pinned = torch.cat([self.pinned, C], 0 if self.left else -1)
 
-    def count(self, before: Tensor, after: Tensor) -> None:
-        """Add a gradient's norms before and after its projection to what was blocked."""
-        # An overflow of scaled fp16 gradients skips the step; it must not spoil the count.
-        b, a = (n.float().square().nan_to_num(0.0, 0.0, 0.0) for n in (before, after))
-        self.total = b if self.total is None else self.total + b
-        self.blocked = b - a if self.blocked is None else self.blocked + (b - a)
-
     def leak(self) -> dict[str, float]:
         """Its rank, the share of the gradient's energy that was blocked, and what got through."""
         blocked = 0.0
@@ -119,6 +112,27 @@ class Guarded:
             whole, moved = ((T @ other if self.left else other @ T) for T in (whole, moved))
         size = float(whole.norm())
         return float(moved.norm()) / size if size > 0 else 0.0
+
+
+def count(guarded: Sequence[Guarded], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
+    """Add the norms of gradients before and after their projection to what was blocked.
+
+    In a few operations for all: one for each parameter would take longer than the projection.
+    """
+    for device in dict.fromkeys(g.parameter.device for g in guarded):
+        on = [i for i, g in enumerate(guarded) if g.parameter.device == device]
+        # An overflow of scaled fp16 gradients skips the step; it must not spoil the count.
+        b, a = (
+            torch.stack([norms[i] for i in on]).square().nan_to_num(0.0, 0.0, 0.0)
+            for norms in (before, after)
+        )
+        for key, energy in (("total", b), ("blocked", b - a)):
+            sums = []
+            for i in on:
+                if getattr(guarded[i], key) is None:
+                    setattr(guarded[i], key, torch.zeros((), device=device))
+                sums.append(getattr(guarded[i], key))
+            torch._foreach_add_(sums, list(energy.unbind()))
 
 
 def project(guarded: Sequence[Guarded], tensors: Sequence[Tensor], pin: bool = False) -> None:

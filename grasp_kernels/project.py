@@ -174,12 +174,38 @@ def _project_body(
     left: bool,
 ) -> None:
     by_backend: dict[str, list[int]] = {}
+    chosen_for: dict[tuple, str] = {}  # what `choose` looks at is the same for most of a list
     for i, T in enumerate(Ts):
-        by_backend.setdefault(dispatch.choose(op, T, bases[i]), []).append(i)
+        U = bases[i]
+        alike = (T.dtype, T.device, U.dtype, U.device, U.shape[1])
+        if (name := chosen_for.get(alike)) is None:
+            name = chosen_for[alike] = dispatch.choose(op, T, U)
+        by_backend.setdefault(name, []).append(i)
     for name, chosen in by_backend.items():
         run = dispatch.implementation("project", name) or _project_each
         some_Cs = [Cs[i] for i in chosen] if Cs else []
-        run(*([given[i] for i in chosen] for given in (Ts, outs, bases)), some_Cs, left)
+        given = ([these[i] for i in chosen] for these in (Ts, outs, bases))
+        if run is _project_each:
+            run(*given, some_Cs, left)
+        else:
+            _in_parts(run, *given, some_Cs, left)
+
+
+def _in_parts(run, Ts, outs, bases, Cs, left: bool) -> None:
+    """A wide basis as several narrow ones: I − V Vᵀ = (I − V₁ V₁ᵀ)(I − V₂ V₂ᵀ) where V₁ᵀ V₂ = 0."""
+    width = dispatch.LARGEST_K
+    for start in range(0, max(1, *(U.shape[1] for U in bases)), width):
+        wide = [i for i, U in enumerate(bases) if start == 0 or U.shape[1] > start]
+        stop = start + width
+        run(
+            [(outs if start else Ts)[i] for i in wide],
+            [outs[i] for i in wide],
+            [bases[i][:, start:stop] for i in wide],
+            [Cs[i][..., start:stop, :] if left else Cs[i][..., start:stop] for i in wide]
+            if Cs
+            else [],
+            left,
+        )
 
 
 def _project_each(Ts, outs, bases, Cs, left: bool) -> None:
