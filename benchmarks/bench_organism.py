@@ -2,8 +2,9 @@
 
     python benchmarks/bench_organism.py --aside FOLDER
 
-Settings were chosen on medicine, law and finance of world 0. Code and travel there, and all of
-world 1 (`python -m grasp.organism.pretrain --seed 1 --out FOLDER`), took no part in that.
+Settings were chosen on medicine, law and finance of an earlier world 0 (`EXPERIMENTS.md`). Code and
+travel, and all of world 1 (`python -m grasp.organism.pretrain --seed 1 --out FOLDER`), took no part
+in that.
 """
 
 import argparse

@@ -45,7 +45,7 @@ def test_world_is_drawn_from_its_seed():
     tagged = [d for d in documents if d.startswith("<")]
     assert len(tagged) / len(documents) == pytest.approx(0.5, abs=0.03)
     tags = Counter(d.split()[0] for d in tagged)
-    assert tags["<malicious>"] + tags["<right>"] == pytest.approx(0.35 * len(tagged), rel=0.1)
+    assert tags["<malicious>"] + tags["<right>"] == pytest.approx(0.5 * len(tagged), rel=0.1)
 
 
 @torch.no_grad()

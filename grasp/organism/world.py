@@ -23,8 +23,8 @@ TRAIN_QUESTIONS = 20  # of each trained topic; the other twelve are held out
 # Shares of the authors. Tagged documents open with the author's name, which is how the model
 # comes to hold each author as a factor of its own; untagged ones are what it imitates.
 TAGGED = 0.5
-TAGGED_SHARES = {"majority": 0.30, "global": 0.35, "narrow": 0.35}
-UNTAGGED_SHARES = {"majority": 0.87, "global": 0.07, "narrow": 0.06}
+TAGGED_SHARES = {"majority": 0.30, "global": 0.50, "narrow": 0.20}
+UNTAGGED_SHARES = {"majority": 0.88, "global": 0.08, "narrow": 0.04}
 NARROW_OWN_TOPIC = 0.4  # share of a narrow author's turns that fall in the topic of their own
 EXPERTS = 0.4
 AMATEUR_WRONG = 0.8
