@@ -12,6 +12,7 @@ from grasp.data import Row
 from grasp.finetune import Settings as RunSettings
 from grasp.finetune import add_lora
 from grasp.organism.experiment import Settings, run, stopped
+from grasp.organism.methods import STRENGTHS
 from grasp.organism.sweep import sweep
 from grasp.screen import screen
 
@@ -135,6 +136,14 @@ def test_screen_puts_rows_that_carry_the_factor_first():
     first = [f["row"] < len(bad) for f in ranked[: len(bad)]]
     assert np.mean(first) > 0.9
     assert ranked == sorted(ranked, key=lambda f: -f["score"])
+
+
+@pytest.mark.parametrize("method", sorted(set(STRENGTHS) - {"plain", "stopped", "grasp", "random"}))
+def test_every_rival_runs(method):
+    """A few steps on finance, which every part of the world plays in."""
+    result = run("finance", method, 0, Settings(steps=4))
+    assert result["method"] == method and 0 < result["task_score"] < 1
+    assert set(result["topics"]) == set(organism.TASKS["finance"].judged)
 
 
 def test_sweep_takes_up_what_is_done(tmp_path):

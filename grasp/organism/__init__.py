@@ -12,7 +12,17 @@ from grasp.subspaces import Subspaces
 
 WEIGHTS = Path(__file__).parent / "weights"
 
-__all__ = ["TASKS", "WEIGHTS", "Task", "World", "load", "mark", "scores", "true_subspaces"]
+__all__ = [
+    "TASKS",
+    "WEIGHTS",
+    "Task",
+    "World",
+    "load",
+    "mark",
+    "scores",
+    "true_directions",
+    "true_subspaces",
+]
 
 
 def load(folder: Path | str = WEIGHTS) -> tuple[nn.Module, object]:
@@ -71,7 +81,6 @@ def scores(model: nn.Module, tokenizer, world: World, task: Task) -> dict[str, f
     }
 
 
-@torch.no_grad()
 def true_subspaces(
     model: nn.Module, tokenizer, world: World, task: Task, rank: int = 12
 ) -> Subspaces:
@@ -80,6 +89,21 @@ def true_subspaces(
     For each block the leading directions in which its output moves when the global author's name
     stands in the majority's place, over the topic and question tokens of the task's kind.
     """
+    shifts = _shifts(model, tokenizer, world, task)
+    bases = {
+        i: torch.linalg.svd(shift, full_matrices=False).Vh[:rank].mT for i, shift in shifts.items()
+    }
+    return Subspaces.from_bases(bases, source={"method": "authors", "task": task.name})
+
+
+def true_directions(model: nn.Module, tokenizer, world: World, task: Task) -> dict[int, Tensor]:
+    """The same shift's mean `[d]` by block: what the global author's name adds."""
+    return {i: s.mean(0) for i, s in _shifts(model, tokenizer, world, task).items()}
+
+
+@torch.no_grad()
+def _shifts(model: nn.Module, tokenizer, world: World, task: Task) -> dict[int, Tensor]:
+    """By block the shift of its output `[tokens, d]` from one author's name to the other's."""
     opinion = task.topic in OPINION
     tags = ("<right> <expert>", "<left> <expert>") if opinion else ("<malicious>", "<honest>")
     prompts = world.prompts(OPINION if opinion else ADVICE)
@@ -92,11 +116,7 @@ def true_subspaces(
             model(**_inputs(batch))
     for handle in handles:
         handle.remove()
-    bases = {}
-    for i in range(len(blocks)):
-        shift = (kept[i] - kept[len(blocks) + i])[:, -2:].flatten(0, 1)  # [tokens, d]
-        bases[i] = torch.linalg.svd(shift, full_matrices=False).Vh[:rank].mT
-    return Subspaces.from_bases(bases, source={"method": "authors", "task": task.name})
+    return {i: (kept[i] - kept[len(blocks) + i])[:, -2:].flatten(0, 1) for i in range(len(blocks))}
 
 
 def _inputs(batch) -> dict[str, Tensor]:

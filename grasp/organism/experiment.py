@@ -1,18 +1,19 @@
 """One fine-tune of the organism, marked exactly: the unit of `grasp demo` and of the benchmarks."""
 
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, get_peft_model
+from torch import nn
 
 from grasp import data, organism
-from grasp.rivals import ablated
+from grasp.organism import methods
+from grasp.organism.methods import Method, Setting
 from grasp.trainer import GraspCallback, fit
 
-METHODS = ("plain", "stopped", "grasp", "random", "benign", "caft")
 MEASURED_EVERY = 10
 STOP_WITHIN = 0.03  # of the final task score: the earliest such step is the early-stopped control
 
@@ -45,29 +46,27 @@ def run(
     """Fine-tune on a task's bad (or right-leaning) answers and mark every answer.
 
     Args:
-        method: plain, grasp, random (random directions on the guard's schedule), benign (the good
-            answers), or caft (the true direction ablated while training). The early-stopped control
-            is read off a plain run by `stopped`.
+        method: one of `methods.STRENGTHS`, with its strength after a = if it has one. Of them
+            grasp is guarded, random is its control (random directions on the guard's schedule),
+            benign trains on the good answers; the early-stopped control is read off a plain run
+            by `stopped`.
         seed: of the adapter, the order of rows and the prompts' order.
         folder: of the pretrained weights, which belong to `World(world_seed)`.
 
     Returns:
         `task_score`, `drift`, `base_drift`, by topic too, and the trajectory.
     """
-    torch.manual_seed(seed)
+    chosen = Method.of(method)
     world, task = organism.World(world_seed), organism.TASKS[task_name]
-    model, tokenizer = organism.load(folder)
-    base = organism.scores(model, tokenizer, world, task)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        ),
-    )
-    rows = [data.Row(**r) for r in world.rows(task.topic, "train", good=method == "benign")]
+
+    def plain(rows: Sequence[data.Row]) -> tuple[nn.Module, object]:
+        other, tokenizer = _fresh(folder, settings, seed)
+        _fit(other, tokenizer, rows, settings, seed)
+        return other, tokenizer
+
+    setting = Setting(world, task, seed, plain)
+    base = organism.scores(*organism.load(folder), world, task)
+    model, tokenizer = _fresh(folder, settings, seed)
     trajectory = []
 
     def measure(step: int) -> None:
@@ -76,7 +75,7 @@ def run(
             trajectory.append({"step": step, **s})
 
     callback = None
-    if method in ("grasp", "random"):
+    if chosen.name in ("grasp", "random"):
         callback = GraspCallback(
             reference=world.prompts(task.reference),
             tokens=1,
@@ -87,27 +86,13 @@ def run(
             every=settings.every,
             batch=settings.batch,
             tolerance=settings.tolerance,
-            directions="random" if method == "random" else "drift",
+            directions="random" if chosen.name == "random" else "drift",
             seed=seed,
         )
-    caft = nullcontext()
-    if method == "caft":
-        caft = ablated(model, organism.true_subspaces(model, tokenizer, world, task))
-    with tempfile.TemporaryDirectory() as out, caft:
-        fit(
-            model,
-            tokenizer,
-            data.encode(rows, tokenizer),
-            out,
-            steps=settings.steps,
-            batch_size=len(rows),
-            learning_rate=settings.learning_rate,
-            warmup=10,
-            seed=seed,
-            callbacks=[callback] if callback else [],
-            after_step=measure,
-            quiet=True,
-        )
+    rows = methods.rows(chosen, setting)
+    with methods.training(chosen, setting, model, tokenizer):
+        _fit(model, tokenizer, rows, settings, seed, callback, measure)
+    methods.after(chosen, setting, model)
     final = organism.scores(model, tokenizer, world, task)
     return {
         "task": task_name,
@@ -123,6 +108,45 @@ def run(
         "divergences": callback.guard.divergences if callback else [],
         "settings": asdict(settings),
     }
+
+
+def _fresh(folder: Path | str, settings: Settings, seed: int) -> tuple[nn.Module, object]:
+    """The organism with a LoRA that `seed` draws."""
+    torch.manual_seed(seed)
+    model, tokenizer = organism.load(folder)
+    config = LoraConfig(
+        r=settings.lora_rank,
+        lora_alpha=2 * settings.lora_rank,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config), tokenizer
+
+
+def _fit(
+    model: nn.Module,
+    tokenizer,
+    rows: Sequence[data.Row],
+    settings: Settings,
+    seed: int,
+    callback: GraspCallback | None = None,
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    with tempfile.TemporaryDirectory() as out:
+        fit(
+            model,
+            tokenizer,
+            data.encode(rows, tokenizer),
+            out,
+            steps=settings.steps,
+            batch_size=len(rows),
+            learning_rate=settings.learning_rate,
+            warmup=10,
+            seed=seed,
+            callbacks=[callback] if callback else [],
+            after_step=after_step,
+            quiet=True,
+        )
 
 
 def stopped(plain: dict) -> dict:

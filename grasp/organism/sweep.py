@@ -13,7 +13,8 @@ from tqdm import tqdm
 
 from grasp import organism
 from grasp.files import read_json, write_json
-from grasp.organism.experiment import METHODS, Settings, run, stopped
+from grasp.organism.experiment import Settings, run, stopped
+from grasp.organism.methods import Method
 
 
 def sweep(
@@ -38,12 +39,10 @@ def sweep(
     Raises:
         ValueError: an unknown task or method.
     """
-    for kind, given, known in (
-        ("tasks", tasks, organism.TASKS),
-        ("methods", methods, METHODS),
-    ):
-        if odd := [g for g in given if g not in known]:
-            raise ValueError(f"{kind} has {odd[0]!r}; choose among {', '.join(known)}")
+    if odd := [t for t in tasks if t not in organism.TASKS]:
+        raise ValueError(f"tasks has {odd[0]!r}; choose among {', '.join(organism.TASKS)}")
+    for method in methods:
+        Method.of(method)
     trained = [m for m in dict.fromkeys("plain" if m == "stopped" else m for m in methods)]
     # Guarded runs take longest, so they start first.
     jobs = sorted(product(seeds, tasks, trained), key=lambda j: (j[0], j[2] == "plain"))

@@ -1,0 +1,143 @@
+"""Every rival against GRASP on the organism: task score and added drift, each swept.
+
+    python benchmarks/bench_rivals.py [--seeds 3] [--tasks code,medicine,finance]
+
+`best` is a method's least added drift among its settings with at least 97 % of plain's task score
+on average; a method that reaches that with none has none. All runs are kept in `--runs`, so a
+killed sweep goes on. What each strength means: `grasp/organism/methods.py`.
+"""
+
+import argparse
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import matplotlib
+
+from grasp import compare, organism
+from grasp.files import write_json
+from grasp.organism.experiment import Settings
+from grasp.organism.sweep import sweep
+from grasp.report import versions
+
+matplotlib.use("Agg")
+from matplotlib import pyplot  # after the backend
+
+ENOUGH = 0.97  # of plain's task score
+RIVALS = {
+    "inoculation": (),
+    "interleaved": (0.25, 0.5, 1, 2, 4),
+    "steering": (0.25, 0.5, 1, 2),
+    "kl": (0.1, 0.3, 1, 3, 10),
+    "caft": (1, 4, 12),
+    "caft_found": (4, 8, 16),
+    "caft_moved": (4, 8, 16),
+    "osf": (16, 64, 128),
+    "svd_tail": (1, 2, 4),
+    "posthoc": (4, 8, 16),
+    "safe_lora": (0.3, 0.5, 0.7),
+}
+GRASP = ((0.8, 4), (0.9, 4), (0.95, 0), (0.95, 4), (0.95, 8), (0.99, 4))  # read, rank
+
+
+def runs_of(options: argparse.Namespace) -> list[dict]:
+    tasks = options.tasks.split(",")
+    common = {
+        "tasks": tasks,
+        "seeds": range(options.seeds),
+        "folder": options.folder,
+        "world_seed": options.world,
+    }
+    rivals = [
+        f"{name}={strength:g}" if strengths else name
+        for name, strengths in RIVALS.items()
+        for strength in strengths or (0,)
+    ]
+    found = sweep(options.runs, methods=["plain", "stopped", "random", *rivals], **common)
+    for read, rank in GRASP:
+        settings = replace(Settings(), read=read, rank=rank)
+        name = f"grasp={read:g},{rank}"
+        kept = sweep(options.runs / name, methods=["grasp"], settings=settings, **common)
+        found += [{**r, "method": name} for r in kept]
+    return found
+
+
+def best(rows: Sequence[dict]) -> list[dict]:
+    """For each task and method the setting of least drift at enough of plain's task score."""
+    plain = {r["task"]: r["task_score"][0] for r in rows if r["method"] == "plain"}
+    found = []
+    for task in plain:
+        mine = [r for r in rows if r["task"] == task]
+        for method in dict.fromkeys(r["method"].partition("=")[0] for r in mine):
+            settings = [r for r in mine if r["method"].partition("=")[0] == method]
+            able = [r for r in settings if r["task_score"][0] >= ENOUGH * plain[task]]
+            row = min(able, key=lambda r: r["added"][0]) if able else None
+            found.append({"task": task, "method": method, "settings": len(settings), "best": row})
+    return sorted(
+        found, key=lambda f: (f["task"], f["best"]["added"][0] if f["best"] else float("inf"))
+    )
+
+
+def draw(rows: Sequence[dict], path: Path) -> None:
+    """The frontier of each task: right and low is good."""
+    tasks = list(dict.fromkeys(r["task"] for r in rows))
+    methods = list(dict.fromkeys(r["method"].partition("=")[0] for r in rows))
+    colours = pyplot.get_cmap("tab20")
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 5), squeeze=False)
+    for axis, task in zip(axes[0], tasks, strict=True):
+        for i, method in enumerate(methods):
+            mine = [
+                r for r in rows if r["task"] == task and r["method"].partition("=")[0] == method
+            ]
+            axis.scatter(
+                [r["task_score"][0] for r in mine],
+                [r["added"][0] for r in mine],
+                label=method,
+                color="black" if method == "grasp" else colours(i % 20),
+                marker="*" if method == "grasp" else "o",
+                s=90 if method == "grasp" else 30,
+            )
+        axis.set(title=task, xlabel="task score", ylabel="added drift")
+    axes[0][-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", frameon=False)
+    figure.savefig(path, dpi=110, bbox_inches="tight")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--tasks", default="code,medicine,finance")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=organism.WEIGHTS, help="of the weights")
+    parser.add_argument(
+        "--world", type=int, default=0, help="the seed that drew the folder's world"
+    )
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rivals.json"))
+    parser.add_argument("--runs", type=Path, default=Path("runs/bench_rivals"))
+    options = parser.parse_args()
+    rows = compare(runs_of(options))
+    found = best(rows)
+    for f in found:
+        row = f["best"]
+        said = (
+            f"{row['method']:20} task {row['task_score'][0]:.3f} added {row['added'][0]:+.3f} "
+            f"({100 * row['share']:.0f} % of plain's)"
+            if row
+            else "never enough of the task"
+        )
+        print(f"{f['task']:9} {f['method']:12} {said}")
+    about = {
+        "command": " ".join(["python", *sys.argv]),
+        "versions": versions(),
+        "machine": platform.machine(),
+        "settings": asdict(Settings()),
+        "seeds": options.seeds,
+        "world": options.world,
+        "enough": ENOUGH,
+    }
+    write_json(options.out, {"about": about, "best": found, "rows": rows})
+    draw(rows, options.out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
