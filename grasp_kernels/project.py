@@ -45,23 +45,24 @@ def project_strips(T: Tensor, basis: Tensor, C: Tensor | None, left: bool, out: 
         return
     if T.ndim == 1:
         T, C, out = T[None], None if C is None else C[None], out[None]
-    if left:
-        T, C, out = T.mT, None if C is None else C.mT, out.mT
+    if T.stride(0) < T.stride(1):  # its rows are contiguous from the other side
+        T, C, out, left = T.mT, None if C is None else C.mT, out.mT, not left
     dtype = torch.promote_types(torch.promote_types(T.dtype, basis.dtype), torch.float32)
     V = basis.to(dtype)
-    rows = max(1, STRIP // max(1, T.shape[1] * dtype.itemsize))
-    if T.dtype == out.dtype == dtype:
-        rows = max(1, T.shape[0])
-    for start in range(0, T.shape[0], rows):
-        strip, into = T[start : start + rows], out[start : start + rows]
-        X = strip.to(dtype)
-        coefficients = X @ V
+    d, n = V.shape[0], T.shape[1 if left else 0]
+    width = max(1, n if T.dtype == out.dtype == dtype else STRIP // max(1, d * dtype.itemsize))
+    for start in range(0, n, width):
+        part = slice(start, start + width)
+        strip = (slice(None), part) if left else part
+        X, into = T[strip].to(dtype), out[strip]
+        coefficients = V.mT @ X if left else X @ V
         if C is not None:
-            coefficients -= C[start : start + rows].to(dtype)
+            coefficients -= C[strip].to(dtype)
+        factors = (V, coefficients) if left else (coefficients, V.mT)
         if into.dtype == dtype:
-            torch.addmm(X, coefficients, V.mT, alpha=-1, out=into)
+            torch.addmm(X, *factors, alpha=-1, out=into)
         else:
-            into.copy_(torch.addmm(X, coefficients, V.mT, alpha=-1))
+            into.copy_(torch.addmm(X, *factors, alpha=-1))
 
 
 def project(T: Tensor, basis: Tensor, C: Tensor | None = None, *, side: Side = "right") -> Tensor:
