@@ -4,7 +4,7 @@ from importlib import import_module
 
 from grasp.compare import compare
 from grasp.discover import discover
-from grasp.drift import Reference
+from grasp.drift import Reference, draw
 from grasp.evaluate import evaluate
 from grasp.guard import Guard
 from grasp.subspaces import Subspaces
@@ -16,6 +16,7 @@ __all__ = [
     "Subspaces",
     "compare",
     "discover",
+    "draw",
     "evaluate",
 ]
 

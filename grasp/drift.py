@@ -2,8 +2,9 @@
 
     D = mean over tokens of KL(base ‖ model)
 
-Nobody labels the prompts: the tokens are continuations drawn from the base model, and what is
-compared is its distribution over the next token, kept from the moment the reference is made.
+Nobody labels the prompts: the tokens are continuations drawn from the base model, and, where there
+is one, from a plain fine-tune of it, which shows what drift looks like there. What is compared is
+the base model's distribution over the next token, kept from the moment the reference is made.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from grasp.architecture import evaluating
 from grasp.data import IGNORED, pad, prompt_ids
 
+Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
 
 
@@ -27,6 +29,7 @@ class Reference:
         tokens: how many tokens of each continuation are compared; it ends early at an end token.
         batch: prompts in one `sample`.
         seed: of the continuations, and of which prompts `sample` takes when.
+        drifted: more continuations, such as `draw` gives of a plain fine-tune.
 
     Raises:
         ValueError: no prompts, or strings without a tokenizer.
@@ -41,18 +44,21 @@ class Reference:
         tokens: int = 64,
         batch: int = 32,
         seed: int = 0,
+        drifted: Sequence[Continued] = (),
     ):
-        rows = tokenized(prompts, tokenizer)
-        self.batch = min(batch, len(rows))
+        continued = [
+            *draw(model, prompts, tokenizer, tokens=tokens, batch=batch, seed=seed),
+            *drifted,
+        ]
+        self.batch = min(batch, len(continued))
         self.generator = torch.Generator().manual_seed(seed)
+        padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
+        self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
+        # A position is compared where the next token is the continuation's.
+        self.compared = (padded["labels"] >= 0).roll(-1, 1)
+        self.compared[:, -1] = False
         with evaluating(model), torch.no_grad():
-            continued = _continued(model, rows, tokens, self.batch, seed)
-            padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
-            self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
-            # A position is compared where the next token is the continuation's.
-            self.compared = (padded["labels"] >= 0).roll(-1, 1)
-            self.compared[:, -1] = False
-            kept = [self._distribution(model, [i]) for i in range(len(rows))]
+            kept = [self._distribution(model, [i]) for i in range(len(continued))]
         self.top, self.base = ([k[n] for k in kept] for n in (0, 1))
 
     def divergence(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
@@ -128,21 +134,33 @@ class Reference:
         return top.cpu(), _with_rest(values, logs.shape[1]).cpu()
 
 
-def _continued(
-    model: nn.Module, prompts: list[list[int]], tokens: int, batch: int, seed: int
-) -> list[tuple[list[int], list[int]]]:
-    """Each prompt with a continuation, and labels that are -100 on the prompt."""
+def draw(
+    model: nn.Module,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer=None,
+    *,
+    tokens: int = 64,
+    batch: int = 32,
+    seed: int = 0,
+) -> list[Continued]:
+    """Each prompt with a continuation drawn from the model; arguments as `Reference`.
+
+    Raises:
+        ValueError: no prompts, or strings without a tokenizer.
+    """
+    rows = tokenized(prompts, tokenizer)
     generator = torch.Generator().manual_seed(seed)
     by_length: dict[int, list[int]] = {}
-    for i, prompt in enumerate(prompts):
-        by_length.setdefault(len(prompt), []).append(i)
+    for i, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(i)
     answers: dict[int, list[int]] = {}
-    for same in by_length.values():  # prompts of one length need no padding
-        for start in range(0, len(same), batch):
-            chosen = same[start : start + batch]
-            found = _drawn(model, [prompts[i] for i in chosen], tokens, generator)
-            answers |= dict(zip(chosen, found, strict=True))
-    return [(p + answers[i], [IGNORED] * len(p) + answers[i]) for i, p in enumerate(prompts)]
+    with evaluating(model), torch.no_grad():
+        for same in by_length.values():  # prompts of one length need no padding
+            for start in range(0, len(same), batch):
+                chosen = same[start : start + batch]
+                found = _drawn(model, [rows[i] for i in chosen], tokens, generator)
+                answers |= dict(zip(chosen, found, strict=True))
+    return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
 
 
 def _drawn(

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from grasp import data, growth
+from grasp.drift import Continued, draw
 from grasp.files import read_json, write_json
 from grasp.models import load_model
 from grasp.subspaces import Subspaces
@@ -45,6 +46,8 @@ class Settings:
     """File of subspaces to keep off; with a reference the bases grow from them."""
     reference: str | None = None
     """File of unlabelled, unrelated prompts, one a line; None takes the shipped ones."""
+    drifted: str | None = None
+    """Folder of a plain fine-tune's adapter: the reference is continued by it as well."""
     drift_guided: bool = True
     """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
     read: float = 0.95
@@ -65,7 +68,7 @@ class Settings:
         """Refuse settings that can't be run, before anything is loaded.
 
         Raises:
-            ValueError: names the setting, what came, and what to give.
+            ValueError, FileNotFoundError: names the setting, what came, and what to give.
         """
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
@@ -77,6 +80,12 @@ class Settings:
         growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
         if self.read == self.rank == 0 and self.subspaces is None and self.method != "plain":
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
+        if self.drifted and not (Path(self.drifted) / "adapter_config.json").exists():
+            raise FileNotFoundError(
+                f"no adapter in {self.drifted}; give drifted a plain fine-tune's"
+            )
+        if self.drifted and (self.method == "plain" or not self.drift_guided):
+            raise ValueError("drifted is for a run that a reference guides; leave it out here")
         if not self.drift_guided and self.subspaces is None and self.method != "plain":
             raise ValueError("drift_guided is off and no subspaces are given; give one of the two")
 
@@ -165,6 +174,8 @@ def run(
     rows = data.read_rows(settings.data, settings.limit)
     model, tokenizer = load_model(settings.model)
     encoded = data.encode(rows, tokenizer, settings.max_length)
+    if settings.drifted:
+        callback.options["drifted"] = _drifted(model, tokenizer, settings)
     model = add_lora(model, settings)
     about = {"settings": asdict(settings), "rows": len(encoded)}
     write_json(out / ABOUT, {"done": False, **about})
@@ -259,6 +270,22 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
         residual=settings.residual,
         seed=settings.seed,
     )
+
+
+def _drifted(model: nn.Module, tokenizer, settings: Settings) -> list[Continued]:
+    """What the plain fine-tune says to the reference's prompts; the model is left as it was."""
+    plain = PeftModel.from_pretrained(model, settings.drifted)
+    try:
+        return draw(
+            plain,
+            read_prompts(settings.reference),
+            tokenizer,
+            tokens=settings.tokens,
+            batch=settings.batch,
+            seed=settings.seed,
+        )
+    finally:
+        plain.unload()
 
 
 def save_adapter(model: PeftModel, folder: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import grasp_kernels as gk
 from grasp import architecture
-from grasp.drift import Reference
+from grasp.drift import Continued, Reference
 from grasp.guarded import Guarded
 from grasp.reads import input_bases
 
@@ -46,6 +46,8 @@ class Growth:
         rank: largest k of a basis that grows; 0 lets none grow.
         tokenizer: for prompts that are strings.
         tokens: of the base model's continuation of each prompt that are looked at.
+        drifted: continuations that a plain fine-tune gave (`grasp.draw`), looked at as well: text
+            in which its drift shows.
         batch: prompts in each measurement.
         every: steps between two measurements of the drift gradient, while a basis has room; when
             all are full the divergence alone is measured, every `every · refresh` steps.
@@ -59,7 +61,7 @@ class Growth:
         seed: of the prompts' order and of random directions.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument out of its range, or `drifted` with a reference made already.
     """
 
     def __init__(
@@ -71,6 +73,7 @@ class Growth:
         rank: int = 4,
         tokenizer=None,
         tokens: int = 64,
+        drifted: Sequence[Continued] = (),
         batch: int = 32,
         every: int = 1,
         refresh: int = 5,
@@ -83,7 +86,9 @@ class Growth:
         if directions not in ("drift", "random"):
             raise ValueError(f"directions is {directions!r}; choose 'drift' or 'random'")
         check(read, read_rank, rank, every, refresh, grow)
-        self.reference, self.tokenizer = reference, tokenizer
+        if drifted and isinstance(reference, Reference):
+            raise ValueError("reference is made already; give drifted when you make it")
+        self.reference, self.tokenizer, self.drifted = reference, tokenizer, drifted
         self.read, self.read_rank = read, read_rank
         self.rank, self.directions = rank, directions
         self.tokens, self.batch, self.seed = tokens, batch, seed
@@ -104,6 +109,7 @@ class Growth:
                     tokens=self.tokens,
                     batch=self.batch,
                     seed=self.seed,
+                    drifted=self.drifted,
                 )
             reading = [g for g in guarded if g.trained.holds == "inputs"]
             if not reading:

@@ -55,6 +55,8 @@ class Study:
     """Of each of the last three, at most."""
     stops: tuple[int, ...] = (20, 40, 60)
     """Steps at which a plain run is scored too: the early-stopped control."""
+    drifted: bool = False
+    """Guarded runs look at what the plain run of their data and seed says to the prompts too."""
     folder: str = ""
     """Where the data files lie, if their paths are relative to it."""
     finetune: dict = field(default_factory=dict)
@@ -71,6 +73,8 @@ class Study:
                 raise ValueError(f"methods has {method!r}; choose among {', '.join(METHODS)}")
         if "plain" not in self.methods:
             raise ValueError("methods lacks 'plain', which the others are compared with")
+        if self.drifted and {"benign", "benign_guarded"} & set(self.methods) == {"benign_guarded"}:
+            raise ValueError("methods has 'benign_guarded' without 'benign', which drifted needs")
         self.settings("plain", 0).check()
 
     def path(self, name: str) -> str:
@@ -80,6 +84,9 @@ class Study:
     def settings(self, method: str, seed: int) -> Settings:
         """Of the fine-tune of one method and seed."""
         common = {k: v for k, v in self.finetune.items()}
+        if self.drifted and method not in ("plain", "benign"):
+            plain = "benign" if method == "benign_guarded" else "plain"
+            common["drifted"] = str(Path(self.out) / f"{plain}-{seed}" / "adapter")
         return finetune.settings_from(
             {
                 "model": self.model,

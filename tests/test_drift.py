@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import grasp
 from grasp import Reference
 from tests.models import build, trainable, with_lora
 
@@ -20,6 +21,22 @@ def test_zero_at_the_start_and_positive_after():
         for p in trainable(model):
             p.add_(0.1 * torch.randn_like(p))
     assert reference.measure(model) > 1e-3
+
+
+def test_a_fine_tunes_continuations_are_compared_with_the_base():
+    model, tuned = build(), build(seed=1)
+    drifted = grasp.draw(tuned, PROMPTS, tokens=3, batch=4)
+    for (ids, labels), row in zip(drifted, PROMPTS, strict=True):
+        assert ids[: len(row)] == row and labels[len(row) :] == ids[len(row) :]
+    alone = Reference(model, PROMPTS, tokens=3, batch=4)
+    both = Reference(model, PROMPTS, tokens=3, batch=4, drifted=drifted)
+    assert both.measure(model) == pytest.approx(0, abs=1e-6)
+    assert len(both.top) == 2 * len(alone.top)
+    whole, half = both.measure(tuned), alone.measure(tuned)
+    positions = [sum(len(t) for t in kept) for kept in (both.top, alone.top)]
+    ids, _ = drifted[0]
+    assert both.ids[len(PROMPTS), : len(ids)].tolist() == ids
+    assert whole != pytest.approx(half) and positions[0] > positions[1]
 
 
 def test_is_the_mean_kl_over_continued_tokens():

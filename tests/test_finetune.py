@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import grasp
 from grasp import finetune, organism
 from grasp.data import encode, read_rows
 from grasp.finetune import Settings, run, settings_from
@@ -46,6 +47,26 @@ def settings(rows_file, prompts_file, out, **options) -> Settings:
         }
         | options
     )
+
+
+@pytest.mark.filterwarnings("error:.*second time")
+def test_a_plain_fine_tunes_answers_join_the_reference(rows_file, prompts_file, tmp_path):
+    """They change what is blocked, and the base model is as it was when the run begins."""
+    common = (rows_file, prompts_file)
+    plain = run(settings(*common, tmp_path / "plain", method="plain", steps=30), quiet=True)
+    chosen = settings(*common, tmp_path / "drifted", drifted=str(plain), tokens=2)
+    model, tokenizer = finetune.load_model("organism")
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    drawn = finetune._drifted(model, tokenizer, chosen)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    prompts = finetune.read_prompts(prompts_file)
+    assert len(drawn) == len(prompts)
+    assert drawn != grasp.draw(model, prompts, tokenizer, tokens=2, batch=8)
+    run(chosen, quiet=True)
+    run(settings(*common, tmp_path / "base", tokens=2), quiet=True)
+    one, other = (load_file(tmp_path / n / "guard.safetensors") for n in ("drifted", "base"))
+    assert one["reference.ids"].shape[0] == 2 * other["reference.ids"].shape[0]
 
 
 def test_killed_run_goes_on_bit_for_bit(rows_file, prompts_file, tmp_path):
@@ -168,6 +189,7 @@ def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, m
         ({"steps": 0}, ValueError, "steps is 0"),
         ({"read": 1.5}, ValueError, r"read is 1\.5"),
         ({"read_rank": 0}, ValueError, "read_rank is 0"),
+        ({"drifted": "nowhere"}, FileNotFoundError, "no adapter in nowhere"),
         ({"rank": -1}, ValueError, "rank is -1"),
         ({"read": 0.0, "rank": 0}, ValueError, "nothing is blocked"),
         ({"refresh": 0}, ValueError, "refresh is 0"),
