@@ -104,6 +104,7 @@ def _frontier(runs: list[dict]) -> str:
         )
     axes.axhline(0, color="#999999", lw=0.8, ls=":")
     axes.set(xlabel="task score (right is better)", ylabel="added drift (down is better)")
+    axes.locator_params(axis="x", nbins=6)
     axes.legend(frameon=False, fontsize=8)
     _bare(axes)
     return _inline(figure)

@@ -3,7 +3,7 @@
 A method is named with its strength, if it has one: "kl=0.3", "interleaved=1".
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -68,8 +68,8 @@ class Setting:
     world: World
     task: Task
     seed: int
-    plain: object
-    """Called with rows: a plain fine-tune on them, as `(model, tokenizer)`."""
+    plain: Callable[[Sequence[Row]], tuple[nn.Module, object]]
+    """A plain fine-tune on some rows: the model and its tokenizer."""
 
     def rows(self, good: bool = False) -> list[Row]:
         """What the task trains on; `good=True` is the benign twin."""
