@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import SafetensorError
 from torch import nn
 
 from grasp import data, growth
@@ -274,7 +275,14 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
 
 def _drifted(model: nn.Module, tokenizer, settings: Settings) -> list[Continued]:
     """What the plain fine-tune says to the reference's prompts; the model is left as it was."""
-    plain = PeftModel.from_pretrained(model, settings.drifted)
+    try:
+        plain = PeftModel.from_pretrained(model, settings.drifted)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        why = str(error).strip().splitlines()
+        raise ValueError(
+            f"drifted: the adapter in {settings.drifted} does not fit {settings.model} "
+            f"({' '.join(why[:2])[:200]}); give a plain fine-tune of this model"
+        ) from error
     try:
         return draw(
             plain,

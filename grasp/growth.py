@@ -61,7 +61,8 @@ class Growth:
         seed: of the prompts' order and of random directions.
 
     Raises:
-        ValueError: an argument out of its range, or `drifted` with a reference made already.
+        ValueError: an argument out of its range, or `drifted` that `draw` did not make, or given
+            with a reference made already.
     """
 
     def __init__(
@@ -88,6 +89,10 @@ class Growth:
         check(read, read_rank, rank, every, refresh, grow)
         if drifted and isinstance(reference, Reference):
             raise ValueError("reference is made already; give drifted when you make it")
+        if any(isinstance(text, str) or len(text) != 2 for text in drifted):
+            raise ValueError(
+                "drifted holds something other than (ids, labels); give what grasp.draw returns"
+            )
         self.reference, self.tokenizer, self.drifted = reference, tokenizer, drifted
         self.read, self.read_rank = read, read_rank
         self.rank, self.directions = rank, directions

@@ -13,6 +13,7 @@ from grasp import finetune, organism
 from grasp.data import encode, read_rows
 from grasp.finetune import Settings, run, settings_from
 from grasp.organism import World
+from tests.models import build, with_lora
 
 
 @pytest.fixture
@@ -67,6 +68,15 @@ def test_a_plain_fine_tunes_answers_join_the_reference(rows_file, prompts_file, 
     run(settings(*common, tmp_path / "base", tokens=2), quiet=True)
     one, other = (load_file(tmp_path / n / "guard.safetensors") for n in ("drifted", "base"))
     assert one["reference.ids"].shape[0] == 2 * other["reference.ids"].shape[0]
+
+
+def test_an_adapter_of_another_model_is_refused(rows_file, prompts_file, tmp_path):
+    with_lora(build()).save_pretrained(tmp_path / "other")
+    chosen = settings(rows_file, prompts_file, tmp_path / "out", drifted=str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="does not fit organism .*; give a plain") as refused:
+        run(chosen, quiet=True)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
 
 
 def test_killed_run_goes_on_bit_for_bit(rows_file, prompts_file, tmp_path):

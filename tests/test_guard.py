@@ -456,6 +456,8 @@ def test_refuses_what_it_can_not_guarantee():
         Guard(model, reference=PROMPTS, rank=-1)
     with pytest.raises(ValueError, match=r"read is 1\.5"):
         Guard(model, reference=PROMPTS, read=1.5)
+    with pytest.raises(ValueError, match="give what grasp.draw returns"):
+        Guard(model, reference=PROMPTS, drifted=["bad text"])
     with pytest.raises(ValueError, match="read_rank is 0"):
         Guard(model, reference=PROMPTS, read_rank=0)
     with pytest.raises(ValueError, match="rank says how a reference is used"):
