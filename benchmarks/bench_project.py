@@ -97,7 +97,8 @@ def lists(device: torch.device, quick: bool) -> list[dict]:
                     addmm(T, U, side)
 
             runs = {
-                "ours": lambda Ts=Ts, Us=Us, side=side: gk.project_(Ts, Us, side=side),
+                "ours": gk.Projector(Ts, Us, side=side),
+                "project_": lambda Ts=Ts, Us=Us, side=side: gk.project_(Ts, Us, side=side),
                 "foreach_mul_": lambda Ts=Ts, one=one: torch._foreach_mul_(Ts, one),
                 "addmm_ loop": loop,
             }

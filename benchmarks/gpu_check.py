@@ -30,6 +30,7 @@ from grasp_kernels.testing import orthonormal, project_fp64, project_torch  # no
 TESTS = [
     "tests/test_project.py",
     "tests/test_project_triton.py",
+    "tests/test_projector.py",
     "tests/test_orthonormalize.py",
     "tests/test_orthonormalize_triton.py",
     "tests/test_autograd.py",
@@ -46,6 +47,7 @@ for side, shape, d in (("right", (37, 300), 300), ("left", (300, 37), 300)):
         for name in NAMES:
             with gk.backend(name):
                 gk.project_([T, T.clone()], orthonormal(d, 12).cuda(), C, side=side)
+                gk.Projector([T], orthonormal(d, 12).cuda(), side=side, measure=name != "cuda")()
 big = torch.randn(1024, 1032, device="cuda").bfloat16()
 for name in NAMES:
     with gk.backend(name):

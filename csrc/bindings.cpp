@@ -65,39 +65,23 @@ static Kind kind_of(const Tensor& t) {
   }
 }
 
-// A matrix whose rows are contiguous: `T`, or its transpose from the other side.
-struct Matrix {
-  const void* in;
-  void* out;
-  int64_t in_step, out_step, rows, columns;
-  bool left;
+// One matrix as `grasp_kernels/matrices.py` lays it out: two addresses, then a `Row`.
+struct Row {
+  int64_t in, out, basis, C, n, d, k, in_step, out_step, basis_d, basis_k, C_n, C_k, kind, left;
 };
 
-static Matrix matrix_of(const Tensor& T, const Tensor& out, bool left) {
-  const int flip = T.stride(1) != 1 || out.stride(1) != 1;
-  return {T.data_ptr(),
-          out.data_ptr(),
-          T.stride(flip),
-          out.stride(flip),
-          T.size(flip),
-          T.size(1 - flip),
-          left != bool(flip)};
-}
-
-static bool is_aligned(const Matrix& m) {
+static bool is_aligned(const Row& r) {
   // Chunks of 16 bytes: 8 elements of 16 bits.
-  const auto ok = [](const void* p, int64_t step) {
-    return reinterpret_cast<uintptr_t>(p) % 16 == 0 && step % 8 == 0;
-  };
-  return ok(m.in, m.in_step) && ok(m.out, m.out_step) && m.columns % 8 == 0;
+  const auto ok = [](int64_t p, int64_t step) { return p % 16 == 0 && step % 8 == 0; };
+  return ok(r.in, r.in_step) && ok(r.out, r.out_step) && (r.left ? r.n : r.d) % 8 == 0;
 }
 
 constexpr int64_t LARGE = 1 << 20;  // elements from which a matrix gets a launch of its own
 
-static void project_all(std::vector<Tensor> Ts, std::vector<Tensor> outs,
-                        std::vector<Tensor> bases, std::vector<Tensor> Cs, bool left) {
-  if (Ts.empty()) return;
-  const int index = Ts[0].get_device_index();
+static void project_all(Tensor rows, int64_t index) {
+  constexpr int64_t COLUMNS = sizeof(Row) / sizeof(int64_t);
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == COLUMNS && rows.is_contiguous(),
+                  "grasp: rows of ", COLUMNS, " numbers are needed");
   const torch::stable::accelerator::DeviceGuard guard(index);
   const Device& device = device_of(index);
   const cudaStream_t stream = stream_of(index);
@@ -108,39 +92,36 @@ static void project_all(std::vector<Tensor> Ts, std::vector<Tensor> outs,
     if (table.count) check(project_list(table, strips, widest, stream), "project_list");
     table.count = strips = widest = 0;
   };
-  for (size_t i = 0; i < Ts.size(); ++i) {
-    const Matrix m = matrix_of(Ts[i], outs[i], left);
-    const float* C = Cs.empty() ? nullptr : static_cast<const float*>(Cs[i].data_ptr());
-    // C has a position along its first dimension on the right side, along its second on the left,
-    // whichever way T itself is stored.
-    const int64_t C_n = C ? Cs[i].stride(left) : 0, C_k = C ? Cs[i].stride(!left) : 0;
-    const int n = m.left ? m.columns : m.rows, d = m.left ? m.rows : m.columns;
-    const int k = bases[i].size(1);
-    const float* basis = static_cast<const float*>(bases[i].data_ptr());
-    const Kind kind = kind_of(Ts[i]);
-    if (n == 0 || d == 0) continue;
-    const Job job{m.in, m.out, basis, C, m.in_step, m.out_step, bases[i].stride(0),
-                  bases[i].stride(1), C_n, C_k, n, d, k, 0};
-    if (kind != FLOAT && int64_t(n) * d >= LARGE && is_aligned(m) &&
-        project_fits(job, m.left, device)) {
-      check(project(job, kind == HALF, m.left, device, stream), "project");
+  const Row* row = static_cast<const Row*>(rows.data_ptr());
+  for (const Row* const end = row + rows.size(0); row != end; ++row) {
+    const Row& r = *row;
+    if (r.n == 0 || r.d == 0) continue;
+    const auto in = reinterpret_cast<void*>(r.in), out = reinterpret_cast<void*>(r.out);
+    const auto basis = reinterpret_cast<const float*>(r.basis);
+    const auto C = reinterpret_cast<const float*>(r.C);
+    const int n = r.n, d = r.d, k = r.k;
+    const Job job{in,        out,       basis, C, r.in_step, r.out_step, r.basis_d,
+                  r.basis_k, r.C_n, r.C_k, n,  d,         k,          0};
+    if (r.kind != FLOAT && r.n * r.d >= LARGE && is_aligned(r) &&
+        project_fits(job, r.left, device)) {
+      check(project(job, r.kind == HALF, r.left, device, stream), "project");
       continue;
     }
-    STD_TORCH_CHECK(std::max(m.in_step, m.out_step) <= INT32_MAX, "grasp: rows too far apart");
+    STD_TORCH_CHECK(std::max(r.in_step, r.out_step) <= INT32_MAX, "grasp: rows too far apart");
     if (table.count == ENTRIES) launch();
-    table.entries[table.count++] = {const_cast<void*>(m.in),
-                                    m.out,
+    table.entries[table.count++] = {in,
+                                    out,
                                     basis,
                                     C,
-                                    static_cast<int>(m.in_step),
-                                    static_cast<int>(m.out_step),
+                                    static_cast<int>(r.in_step),
+                                    static_cast<int>(r.out_step),
                                     n,
                                     d,
                                     strips,
                                     static_cast<short>(k),
-                                    static_cast<unsigned char>(kind),
-                                    m.left,
-                                    left};
+                                    static_cast<unsigned char>(r.kind),
+                                    r.left != 0,
+                                    C != nullptr && r.C_n == 1 && r.C_k == n};
     strips += (n + SIDE - 1) / SIDE;
     widest = std::max(widest, k);
   }
@@ -185,7 +166,10 @@ static void orthonormalize_all(std::vector<Tensor> Ws, std::vector<Tensor> Qs,
 
 }  // namespace grasp
 
-STABLE_TORCH_LIBRARY_IMPL(grasp_native, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(grasp_native, CPU, m) {  // where the table of matrices is
   m.impl("project_all", TORCH_BOX(&grasp::project_all));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(grasp_native, CUDA, m) {
   m.impl("orthonormalize_all", TORCH_BOX(&grasp::orthonormalize_all));
 }

@@ -32,7 +32,7 @@ from grasp.bases import matrix_bases
 from grasp.drift import Reference
 from grasp.files import write_bytes
 from grasp.growth import Growth
-from grasp.guarded import SAVED, Guarded, count, project
+from grasp.guarded import SAVED, Guarded, Projections
 from grasp.subspaces import Subspaces
 
 
@@ -87,6 +87,8 @@ class Guard:
         self.steps = 0
         self._handles: list = []
         self._pending: list[Guarded] = []
+        self._gradients: dict[tuple[int, ...], Projections] = {}  # by which came together
+        self._weights: Projections | None = None
         self._graph = -1
         self._backward = False  # whether a gradient came
 
@@ -145,6 +147,7 @@ class Guard:
             handle.remove()
         self._handles.clear()
         self._pending.clear()
+        self._forget()
 
     @property
     def divergences(self) -> list[tuple[int, float]]:
@@ -164,6 +167,7 @@ class Guard:
             and was removed; `through`, ‖Uᵀ ΔW‖ / ‖ΔW‖ of a LoRA's update, or ‖Uᵀ ΔW‖ / ‖W‖ of a
             weight trained itself.
         """
+        self._count()
         return {g.name: g.leak() for g in self.guarded}
 
     def certificate(self) -> dict:
@@ -185,6 +189,7 @@ class Guard:
         Raises:
             OSError: it can't be written; an older file stays as it was.
         """
+        self._count()
         tensors = {
             f"{key}.{g.name}": tensor.clone().contiguous()  # a shared basis is stored for each
             for g in self.guarded
@@ -308,15 +313,13 @@ class Guard:
 
     def _project_gradients(self) -> None:
         self._backward = True
-        pending, self._pending = [g for g in self._pending if g.basis.shape[1]], []
-        for holds in ("outputs", "inputs"):  # a weight is kept off both, and counted for each
-            held = [g for g in pending if g.trained.holds == holds]
-            gradients = [g.parameter.grad for g in held]
-            if not held:
-                continue
-            before = torch._foreach_norm(gradients, 2, torch.float32)
-            project(held, gradients)
-            count(held, before, torch._foreach_norm(gradients, 2, torch.float32))
+        came = {id(g) for g in self._pending}
+        self._pending = []
+        held = [g for g in self.guarded if g.basis.shape[1] and id(g) in came]
+        key = tuple(map(id, held))
+        if key not in self._gradients:
+            self._gradients[key] = Projections(held, gradients=True)
+        self._gradients[key]()
 
     def _after_any_step(self, optimizer, args, kwargs) -> None:
         if self._moves(optimizer):
@@ -326,11 +329,24 @@ class Guard:
         self.steps += 1
         self._pin()
         if self.growth is not None and self.growth.after_step(self.model, self.guarded, self.steps):
+            self._forget()
             self._pin()
 
     def _pin(self) -> None:
-        guarded = [g for g in self.guarded if g.basis.shape[1]]
-        project(guarded, [g.parameter for g in guarded], pin=True)
+        if self._weights is None:
+            held = [g for g in self.guarded if g.basis.shape[1]]
+            self._weights = Projections(held, gradients=False)
+        self._weights()
+
+    def _count(self) -> None:
+        for projections in self._gradients.values():
+            projections.count()
+
+    def _forget(self) -> None:
+        """What was laid out: the bases are others now, or no longer needed."""
+        self._count()
+        self._gradients.clear()
+        self._weights = None
 
 
 def _residual_hook(U: Tensor):

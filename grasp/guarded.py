@@ -20,7 +20,7 @@ class Guarded:
     basis: Tensor  # [d_out, k], or [d_in, k] of inputs
     pinned: Tensor  # C: [k, n] on the left side, [n, k] on the right
     average: Tensor | None = None  # of the drift gradient
-    total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d fp32 on the device
+    total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d fp64 on the CPU
     blocked: Tensor | None = None
 
     @classmethod
@@ -58,7 +58,8 @@ class Guarded:
         for key in SAVED:
             if not (self.remade and key in ("basis", "pinned")):
                 t = saved.get(key)
-                setattr(self, key, None if t is None else t.to(self.parameter.device))
+                on = "cpu" if key in ("total", "blocked") else self.parameter.device
+                setattr(self, key, None if t is None else t.to(on))
 
     @property
     def left(self) -> bool:
@@ -114,35 +115,43 @@ class Guarded:
         return float(moved.norm()) / size if size > 0 else 0.0
 
 
-def count(guarded: Sequence[Guarded], before: Sequence[Tensor], after: Sequence[Tensor]) -> None:
-    """Add the norms of gradients before and after their projection to what was blocked.
+class Projections:
+    """Projects guarded parameters, or their gradients, in a launch for each side.
 
-    In a few operations for all: one for each parameter would take longer than the projection.
+    What it lays out holds until a basis grows; make a new one then.
+
+    Args:
+        guarded: those whose bases are not empty.
+        gradients: project gradients, and count what was blocked; else the parameters themselves,
+            back to where they were pinned.
     """
-    for device in dict.fromkeys(g.parameter.device for g in guarded):
-        on = [i for i, g in enumerate(guarded) if g.parameter.device == device]
-        # An overflow of scaled fp16 gradients skips the step; it must not spoil the count.
-        b, a = (
-            torch.stack([norms[i] for i in on]).square().nan_to_num(0.0, 0.0, 0.0)
-            for norms in (before, after)
-        )
-        for key, energy in (("total", b), ("blocked", b - a)):
-            sums = []
-            for i in on:
-                if getattr(guarded[i], key) is None:
-                    setattr(guarded[i], key, torch.zeros((), device=device))
-                sums.append(getattr(guarded[i], key))
-            torch._foreach_add_(sums, list(energy.unbind()))
 
-
-def project(guarded: Sequence[Guarded], tensors: Sequence[Tensor], pin: bool = False) -> None:
-    """Take each tensor off its parameter's basis in place, or back to where it was pinned."""
-    for side in ("left", "right"):
-        chosen = [i for i, g in enumerate(guarded) if g.trained.side == side]
-        if chosen:
-            gk.project_(
-                [tensors[i] for i in chosen],
-                [guarded[i].basis for i in chosen],
-                [guarded[i].pinned for i in chosen] if pin else None,
-                side=side,
+    def __init__(self, guarded: Sequence[Guarded], gradients: bool):
+        groups: dict[tuple, list[Guarded]] = {}
+        for g in guarded:  # a weight that is kept off outputs and inputs is listed for each
+            groups.setdefault((g.trained.holds, g.trained.side), []).append(g)
+        self.gradients = gradients
+        self.projectors = [
+            (
+                gk.Projector(
+                    [g.parameter for g in group],
+                    [g.basis for g in group],
+                    None if gradients else [g.pinned for g in group],
+                    side=side,
+                    measure=gradients,
+                ),
+                group,
             )
+            for (_, side), group in groups.items()
+        ]
+
+    def __call__(self) -> None:
+        for projector, group in self.projectors:
+            projector([g.parameter.grad for g in group] if self.gradients else None)
+
+    def count(self) -> None:
+        """Add what was blocked since the last time to each parameter's count."""
+        for projector, group in self.projectors if self.gradients else ():
+            for g, (total, blocked) in zip(group, projector.energies(), strict=True):
+                g.total = total if g.total is None else g.total + total
+                g.blocked = blocked if g.blocked is None else g.blocked + blocked

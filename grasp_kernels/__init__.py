@@ -4,8 +4,10 @@ from grasp_kernels.autograd import project_gradient
 from grasp_kernels.dispatch import backend
 from grasp_kernels.orthonormalize import orthonormalize_
 from grasp_kernels.project import explain, project, project_
+from grasp_kernels.projector import Projector
 
 __all__ = [
+    "Projector",
     "backend",
     "explain",
     "orthonormalize_",

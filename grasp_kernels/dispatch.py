@@ -40,7 +40,7 @@ def choose(op: str, *tensors: torch.Tensor) -> str:
     Raises:
         RuntimeError: a backend was asked for by name and can't run this; the message says why.
     """
-    forced = _forced()
+    forced = asked_for()
     if forced is not None:
         if reason := _refusal(forced, op, tensors, True):
             raise RuntimeError(f"backend {forced!r} can't run {op}: {reason}")
@@ -50,7 +50,7 @@ def choose(op: str, *tensors: torch.Tensor) -> str:
 
 def describe(op: str, *tensors: torch.Tensor) -> str:
     """One line for the choice, one for each faster backend with the reason it was refused."""
-    forced = _forced()
+    forced = asked_for()
     chosen = choose(op, *tensors)
     lines = [f"{op}: {chosen}" + (" (asked for by name)" if forced else "")]
     for name in BACKENDS[: BACKENDS.index(chosen)]:
@@ -59,7 +59,8 @@ def describe(op: str, *tensors: torch.Tensor) -> str:
     return "\n".join(lines)
 
 
-def _forced() -> str | None:
+def asked_for() -> str | None:
+    """The backend that `backend` or `GRASP_BACKEND` names."""
     name = _override.get() or os.environ.get("GRASP_BACKEND")
     return _known(name, "GRASP_BACKEND") if name else None
 
@@ -74,9 +75,13 @@ def implementation(stem: str, name: str) -> Callable | None:
     """The function behind a fast backend, loaded now; None for the reference."""
     if name == "reference":
         return None
-    module = "native" if name == "cuda" else f"{stem}_triton"
     suffix = "native" if name == "cuda" else "triton"
-    return getattr(import_module(f"grasp_kernels.{module}"), f"{stem}_{suffix}")
+    return getattr(import_module(module_of(stem, name)), f"{stem}_{suffix}")
+
+
+def module_of(stem: str, name: str) -> str:
+    """The module that a fast backend has for an operation."""
+    return f"grasp_kernels.{'native' if name == 'cuda' else f'{stem}_triton'}"
 
 
 @cache
@@ -94,6 +99,8 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
         return f"needs CUDA tensors, got {', '.join(odd)}"
     if name == "cuda" and (reason := import_module("grasp_kernels.native").missing()):
         return reason
+    if name == "cuda" and op == "measure":
+        return "it does not measure energies"
     if name == "triton" and not _has_triton():
         return "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:

@@ -1,4 +1,8 @@
-"""Tensors of any layout as the matrices that the kernels take."""
+"""Tensors of any layout as the matrices that the kernels take, each a row of numbers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,3 +41,91 @@ def matrices(
 
 def _is_plain(T: Tensor, dim: int) -> bool:
     return T.stride(dim) == 1 and T.stride(1 - dim) < FAR
+
+
+CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+
+class Row(NamedTuple):
+    """All that a kernel has to know of a matrix and what is done to it, but where it lies.
+
+    The matrix is stored `[n, d]` with `left` false and `[d, n]` with `left` true, its rows
+    contiguous. Positions along n have k coefficients each.
+    """
+
+    basis: int  # address of [d, k] fp32
+    C: int  # address of fp32 coefficients, or 0
+    n: int
+    d: int
+    k: int
+    step: int  # elements between rows of the matrix
+    out_step: int
+    basis_d: int  # strides
+    basis_k: int
+    C_n: int
+    C_k: int
+    code: int  # in CODES
+    left: int
+
+
+def row(T: Tensor, out: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Row:
+    """Of a matrix that `matrices` gave; basis and C in fp32."""
+    if T.stride(1) != 1 or out.stride(1) != 1:  # its transpose, from the other side
+        T, out, left = T.mT, out.mT, not left
+        C = None if C is None else C.mT
+    d, k = basis.shape
+    C_n, C_k = (0, 0) if C is None else C.stride()[::-1] if left else C.stride()
+    return Row(
+        basis.data_ptr(),
+        0 if C is None else C.data_ptr(),
+        T.numel() // d,
+        d,
+        k,
+        T.stride(0),
+        out.stride(0),
+        *basis.stride(),
+        C_n,
+        C_k,
+        CODES[T.dtype],
+        left,
+    )
+
+
+@dataclass
+class Listed:
+    """The matrices of a list that lie on one device."""
+
+    rows: list[Row] = field(default_factory=list)
+    pointers: list[int] = field(default_factory=list)
+    """Of each matrix where it lies, and where its projection goes."""
+    members: list[tuple[int, int]] = field(default_factory=list)
+    """Of each matrix the tensor of the list that holds it, and the bytes from that one's start."""
+    kept: list[tuple[Tensor, Tensor | None]] = field(default_factory=list)
+    """What the rows' addresses point to."""
+    matrices: list[Tensor] = field(default_factory=list)
+    """What the pointers point to, some of them copies made for it."""
+
+
+def listed(
+    Ts: Sequence[Tensor],
+    outs: Sequence[Tensor],
+    bases: Sequence[Tensor],
+    Cs: Sequence[Tensor],
+    left: bool,
+    staged: list[tuple[Tensor, Tensor]],
+    packed: bool,
+) -> dict[torch.device, Listed]:
+    """A list as rows by device; `packed` where a kernel wants bases and C without gaps."""
+    found: dict[torch.device, Listed] = {}
+    for i, T in enumerate(Ts):
+        U, C = bases[i].float(), Cs[i].float() if Cs else None
+        if packed:
+            U, C = U.contiguous(), None if C is None else C.contiguous()
+        on = found.setdefault(T.device, Listed())
+        for matrix, out, part in matrices(T, outs[i], C, left, staged):
+            on.rows.append(row(matrix, out, U, part, left))
+            on.pointers += (matrix.data_ptr(), out.data_ptr())
+            on.members.append((i, matrix.data_ptr() - T.data_ptr()))
+            on.kept.append((U, part))
+            on.matrices.append(matrix)
+    return found

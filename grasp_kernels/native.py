@@ -1,18 +1,19 @@
 """The compiled CUDA library: built where a compiler is, loaded when it is first asked for."""
 
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from grasp_kernels.matrices import matrices
+from grasp_kernels.matrices import Row, listed
 
 LIBRARY = Path(__file__).with_name("_native.so")
 
 torch.library.define(
     "grasp_native::project_all",
-    "(Tensor[] Ts, Tensor(a!)[] outs, Tensor[] bases, Tensor[] Cs, bool left) -> ()",
+    "(Tensor rows, int device) -> ()",
 )
 torch.library.define(
     "grasp_native::orthonormalize_all",
@@ -43,19 +44,32 @@ def project_native(
     16 bits; arguments as `project_` has checked.
     """
     staged: list[tuple[Tensor, Tensor]] = []
-    by_device: dict[torch.device, tuple[list, list, list, list]] = {}
-    for i, T in enumerate(Ts):
-        basis = bases[i].float().contiguous()
-        C = Cs[i].float().contiguous() if Cs else None
-        group = by_device.setdefault(T.device, ([], [], [], []))
-        for matrix, out, part in matrices(T, outs[i], C, left, staged):
-            for kept, given in zip(group, (matrix, out, basis, part), strict=True):
-                if given is not None:
-                    kept.append(given)
-    for group in by_device.values():
-        torch.ops.grasp_native.project_all(*group, left)
+    for device, found in listed(Ts, outs, bases, Cs, left, staged, packed=True).items():
+        launch = Launch(found.rows, device)
+        launch.run(launch.places(tuple(found.pointers)))
     for kept, out in staged:
         out.copy_(kept)
+
+
+def launches(rows: Sequence[Row], device: torch.device) -> list[tuple["Launch", list[int]]]:
+    """One for all, and which of the rows are in it."""
+    return [(Launch(rows, device), list(range(len(rows))))]
+
+
+class Launch:
+    """Matrices of one device, laid out for the library."""
+
+    def __init__(self, rows: Sequence[Row], device: torch.device):
+        self.device = device
+        self.table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Row._fields))
+
+    def places(self, pointers: tuple[int, ...]) -> Tensor:
+        """The table with the addresses of each matrix and its projection before its row."""
+        return torch.cat([torch.tensor(pointers).reshape(-1, 2), self.table], 1)
+
+    def run(self, places: Tensor) -> None:
+        """Project all where they lie."""
+        torch.ops.grasp_native.project_all(places, self.device.index)
 
 
 def orthonormalize_native(Ws: list[Tensor], ranks: list[Tensor], rtols: list[float]) -> None:

@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grasp_kernels.project_triton import CODES, INTERPRETED, on_device, rounded, to_device
+from grasp_kernels.matrices import CODES
+from grasp_kernels.project_triton import INTERPRETED, on_device, rounded, to_device
 
 COLUMNS = 8  # of a row of the table
 

@@ -6,7 +6,8 @@
 `C` absent means 0: that projects a gradient. `C = T₀ V` pins a weight to what `T₀` does on V.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -22,7 +23,7 @@ def project_ref(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tenso
     """The definition, and what every kernel is checked against."""
     if left:
         return project_ref(T.mT, basis, None if C is None else C.mT, left=False).mT
-    dtype = torch.promote_types(torch.promote_types(T.dtype, basis.dtype), torch.float32)
+    dtype = accumulated(T.dtype, basis.dtype)
     X, V = T.to(dtype), basis.to(dtype)
     coefficients = X @ V  # [m, k]
     if C is not None:
@@ -33,7 +34,17 @@ def project_ref(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tenso
 STRIP = 4 << 20  # bytes of a strip that is converted to fp32 on a CPU
 
 
-def project_strips(T: Tensor, basis: Tensor, C: Tensor | None, left: bool, out: Tensor) -> None:
+Norms = list[tuple[Tensor, Tensor]]  # ‖T‖ and ‖T V‖ of each piece, 0-d
+
+
+def project_strips(
+    T: Tensor,
+    basis: Tensor,
+    C: Tensor | None,
+    left: bool,
+    out: Tensor,
+    norms: Norms | None = None,
+) -> None:
     """`project_ref` of a matrix into `out`, which may be `T`, for a CPU.
 
     Nothing as large as `T` is held besides: the last product is subtracted as it is made, and a
@@ -41,28 +52,43 @@ def project_strips(T: Tensor, basis: Tensor, C: Tensor | None, left: bool, out: 
     """
     if T.ndim > 2:
         for i in range(T.shape[0]):
-            project_strips(T[i], basis, None if C is None else C[i], left, out[i])
+            project_strips(T[i], basis, None if C is None else C[i], left, out[i], norms)
         return
     if T.ndim == 1:
         T, C, out = T[None], None if C is None else C[None], out[None]
     if T.stride(0) < T.stride(1):  # its rows are contiguous from the other side
         T, C, out, left = T.mT, None if C is None else C.mT, out.mT, not left
-    dtype = torch.promote_types(torch.promote_types(T.dtype, basis.dtype), torch.float32)
+    dtype = accumulated(T.dtype, basis.dtype)
     V = basis.to(dtype)
+    if T.dtype == out.dtype == dtype:
+        _project_strip(T, V, C, left, out, norms)
+        return
     d, n = V.shape[0], T.shape[1 if left else 0]
-    width = max(1, n if T.dtype == out.dtype == dtype else STRIP // max(1, d * dtype.itemsize))
+    width = max(1, STRIP // max(1, d * dtype.itemsize))
     for start in range(0, n, width):
         part = slice(start, start + width)
         strip = (slice(None), part) if left else part
-        X, into = T[strip].to(dtype), out[strip]
-        coefficients = V.mT @ X if left else X @ V
-        if C is not None:
-            coefficients -= C[strip].to(dtype)
-        factors = (V, coefficients) if left else (coefficients, V.mT)
-        if into.dtype == dtype:
-            torch.addmm(X, *factors, alpha=-1, out=into)
-        else:
-            into.copy_(torch.addmm(X, *factors, alpha=-1))
+        _project_strip(T[strip], V, None if C is None else C[strip], left, out[strip], norms)
+
+
+def _project_strip(T, V: Tensor, C, left: bool, out: Tensor, norms: Norms | None) -> None:
+    X = T.to(V.dtype)
+    coefficients = V.mT @ X if left else X @ V
+    if norms is not None:
+        norms.append((torch.linalg.vector_norm(X), torch.linalg.vector_norm(coefficients)))
+    if C is not None:
+        coefficients -= C
+    factors = (V, coefficients) if left else (coefficients, V.mT)
+    if out.dtype == V.dtype:
+        torch.addmm(X, *factors, alpha=-1, out=out)
+    else:
+        out.copy_(torch.addmm(X, *factors, alpha=-1))
+
+
+@cache
+def accumulated(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    """What products of the two are added up in: fp32 or better."""
+    return torch.promote_types(torch.promote_types(a, b), torch.float32)
 
 
 def project(T: Tensor, basis: Tensor, C: Tensor | None = None, *, side: Side = "right") -> Tensor:
@@ -112,22 +138,14 @@ def project_(
         TypeError, ValueError: as `project`; also for a tensor listed twice, for memory that
             overlaps itself (an expanded tensor), and for a tensor that autograd still needs.
     """
-    left = _is_left(side)
-    tensors = [Ts] if isinstance(Ts, Tensor) else list(Ts)
-    bases = _one_each("bases", bases, len(tensors))
-    Cs = None if Cs is None else _one_each("Cs", Cs, len(tensors))
-    for i, T in enumerate(tensors):
-        name = "Ts" if isinstance(Ts, Tensor) else f"Ts[{i}]"
-        _check(name, T, bases[i], None if Cs is None else Cs[i], left)
-        _check_in_place(name, T)
-    _check_distinct(tensors)
+    tensors, bases, Cs, left = checked(Ts, bases, Cs, side)
     if not tensors:
         return
     with torch.no_grad():
         if torch.compiler.is_compiling():
-            torch.ops.grasp.project_(tensors, bases, Cs or [], left)
+            torch.ops.grasp.project_(tensors, bases, Cs, left)
         else:  # the boundary of a registered op costs more than a small projection
-            _project_body("project_", tensors, tensors, bases, Cs or [], left)
+            _project_body("project_", tensors, tensors, bases, Cs, left)
             torch.autograd.graph.increment_version(tensors)
 
 
@@ -174,15 +192,7 @@ def _project_body(
     Cs: list[Tensor],
     left: bool,
 ) -> None:
-    by_backend: dict[str, list[int]] = {}
-    chosen_for: dict[tuple, str] = {}  # what `choose` looks at is the same for most of a list
-    for i, T in enumerate(Ts):
-        U = bases[i]
-        alike = (T.dtype, T.device, U.dtype, U.device, U.shape[1])
-        if (name := chosen_for.get(alike)) is None:
-            name = chosen_for[alike] = dispatch.choose(op, T, U)
-        by_backend.setdefault(name, []).append(i)
-    for name, chosen in by_backend.items():
+    for name, chosen in chosen_backends(op, Ts, bases).items():
         run = dispatch.implementation("project", name) or _project_each
         some_Cs = [Cs[i] for i in chosen] if Cs else []
         given = ([these[i] for i in chosen] for these in (Ts, outs, bases))
@@ -192,30 +202,58 @@ def _project_body(
             _in_parts(run, *given, some_Cs, left)
 
 
+def chosen_backends(op: str, Ts: Sequence[Tensor], bases: Sequence[Tensor]) -> dict[str, list[int]]:
+    """Which of a list each backend runs."""
+    by_backend: dict[str, list[int]] = {}
+    chosen_for: dict[tuple, str] = {}  # what `choose` looks at is the same for most of a list
+    for i, T in enumerate(Ts):
+        U = bases[i]
+        alike = (T.dtype, T.device, U.dtype, U.device, U.shape[1])
+        if (name := chosen_for.get(alike)) is None:
+            name = chosen_for[alike] = dispatch.choose(op, T, U)
+        by_backend.setdefault(name, []).append(i)
+    return by_backend
+
+
 def _in_parts(run, Ts, outs, bases, Cs, left: bool) -> None:
-    """A wide basis as several narrow ones: I − V Vᵀ = (I − V₁ V₁ᵀ)(I − V₂ V₂ᵀ) where V₁ᵀ V₂ = 0."""
+    source = Ts
+    for wide, narrow, some_Cs in parts(bases, Cs, left):
+        run([source[i] for i in wide], [outs[i] for i in wide], narrow, some_Cs, left)
+        source = outs
+
+
+def parts(
+    bases: Sequence[Tensor], Cs: Sequence[Tensor], left: bool
+) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
+    """Wide bases as several narrow ones: I − V Vᵀ = (I − V₁ V₁ᵀ)(I − V₂ V₂ᵀ) where V₁ᵀ V₂ = 0.
+
+    Yields which of the list have such a part, the parts, and those of `Cs`; all in the first.
+    """
     width = dispatch.LARGEST_K
     for start in range(0, max(1, *(U.shape[1] for U in bases)), width):
         wide = [i for i, U in enumerate(bases) if start == 0 or U.shape[1] > start]
-        stop = start + width
-        run(
-            [(outs if start else Ts)[i] for i in wide],
-            [outs[i] for i in wide],
-            [bases[i][:, start:stop] for i in wide],
-            [Cs[i][..., start:stop, :] if left else Cs[i][..., start:stop] for i in wide]
-            if Cs
-            else [],
-            left,
-        )
+        part = slice(start, start + width)
+        some_Cs = [Cs[i][..., part, :] if left else Cs[i][..., part] for i in wide] if Cs else []
+        yield wide, [bases[i][:, part] for i in wide], some_Cs
 
 
 def _project_each(Ts, outs, bases, Cs, left: bool) -> None:
     for i, T in enumerate(Ts):
-        C = Cs[i] if Cs else None
-        if T.device.type == "cpu":
-            project_strips(T, bases[i], C, left, outs[i])
-        else:
-            outs[i].copy_(project_ref(T, bases[i], C, left))
+        project_plainly(T, bases[i], Cs[i] if Cs else None, left, outs[i])
+
+
+def project_plainly(T, basis, C, left: bool, out: Tensor, norms: Norms | None = None) -> None:
+    """The reference backend, into `out`; `norms` grows by what was measured."""
+    if T.device.type == "cpu":
+        project_strips(T, basis, C, left, out, norms)
+        return
+    projected = project_ref(T, basis, C, left)
+    if norms is not None:
+        dtype = accumulated(T.dtype, basis.dtype)
+        X, V = T.to(dtype), basis.to(dtype)
+        inside = V.mT @ X if left else X @ V
+        norms.append((torch.linalg.vector_norm(X), torch.linalg.vector_norm(inside)))
+    out.copy_(projected)
 
 
 @torch.library.custom_op("grasp::project_", mutates_args=("Ts",))
@@ -234,6 +272,25 @@ def _is_left(side: str) -> bool:
     if side not in ("right", "left"):
         raise ValueError(f"side is {side!r}; choose 'right' or 'left'")
     return side == "left"
+
+
+def checked(
+    Ts: Tensor | Sequence[Tensor],
+    bases: Tensor | Sequence[Tensor],
+    Cs: Tensor | Sequence[Tensor] | None,
+    side: str,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], bool]:
+    """Arguments of `project_` as lists, and whether the side is left; see there for the errors."""
+    left = _is_left(side)
+    tensors = [Ts] if isinstance(Ts, Tensor) else list(Ts)
+    bases = _one_each("bases", bases, len(tensors))
+    Cs = [] if Cs is None else _one_each("Cs", Cs, len(tensors))
+    for i, T in enumerate(tensors):
+        name = "Ts" if isinstance(Ts, Tensor) else f"Ts[{i}]"
+        _check(name, T, bases[i], Cs[i] if Cs else None, left)
+        _check_in_place(name, T)
+    check_distinct(tensors)
+    return tensors, bases, Cs, left
 
 
 def _one_each(name: str, given: Tensor | Sequence[Tensor], count: int) -> list[Tensor]:
@@ -305,7 +362,8 @@ def _overlaps(T: Tensor) -> bool:
     return False
 
 
-def _check_distinct(tensors: list[Tensor]) -> None:
+def check_distinct(tensors: Sequence[Tensor]) -> None:
+    """Refuse a tensor that is listed twice."""
     if torch.compiler.is_compiling():
         return
     seen: dict[tuple, int] = {}

@@ -8,8 +8,9 @@ it read last, still in cache, is written first. Only as many programs run at a t
 strips in the second-level cache, so the second read does not go to memory.
 """
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import lru_cache
 
 import torch
 import triton
@@ -17,12 +18,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.interpreter import InterpretedFunction
 
-from grasp_kernels.matrices import matrices
+from grasp_kernels.matrices import CODES, Row, listed
 
-CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 MIXED = 3
-COLUMNS = 14  # of a row of the table, as `_row` fills it
-KEPT = 256  # tables
+COLUMNS = len(Row._fields)
+KEPT = 256  # lists, and of each the places where its matrices lay
 
 
 @triton.jit
@@ -36,9 +36,19 @@ def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
+def _add_energy(energy, total, removed):
+    """To what a strip had and lost so far; one program owns it. An overflow is left out."""
+    finite = total < float("inf")
+    tl.store(energy, tl.load(energy) + tl.where(finite, total, 0.0))
+    tl.store(energy + 1, tl.load(energy + 1) + tl.where(finite, removed, 0.0))
+
+
+@triton.jit
 def _strip(
+    place,
     row,
     index,
+    energy,
     DTYPE: tl.constexpr,
     LEFT: tl.constexpr,
     KP: tl.constexpr,
@@ -47,14 +57,14 @@ def _strip(
     ALIGNED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    T = tl.load(row).to(tl.pointer_type(DTYPE))
-    out = tl.load(row + 1).to(tl.pointer_type(DTYPE))
-    basis = tl.load(row + 2).to(tl.pointer_type(tl.float32))
-    C = tl.load(row + 3)
-    n, d, k = tl.load(row + 4), tl.load(row + 5), tl.load(row + 6)
-    step, out_step = tl.load(row + 7), tl.load(row + 8)  # elements between rows of T
-    basis_d, basis_k = tl.load(row + 9), tl.load(row + 10)
-    C_n, C_k = tl.load(row + 11), tl.load(row + 12)
+    T = tl.load(place).to(tl.pointer_type(DTYPE))
+    out = tl.load(place + 1).to(tl.pointer_type(DTYPE))
+    basis = tl.load(row).to(tl.pointer_type(tl.float32))
+    C = tl.load(row + 1)
+    n, d, k = tl.load(row + 2), tl.load(row + 3), tl.load(row + 4)
+    step, out_step = tl.load(row + 5), tl.load(row + 6)  # elements between rows of T
+    basis_d, basis_k = tl.load(row + 7), tl.load(row + 8)
+    C_n, C_k = tl.load(row + 9), tl.load(row + 10)
     if ALIGNED:
         T, out = tl.multiple_of(T, 16), tl.multiple_of(out, 16)
         step, out_step = tl.multiple_of(step, 16), tl.multiple_of(out_step, 16)
@@ -75,11 +85,13 @@ def _strip(
         tile, out_tile = e[:, None] * step32 + r[None, :], e[:, None] * out_step32 + r[None, :]
         stride, out_stride = step * BD, out_step * BD
         c = tl.zeros((KP, BS), tl.float32)
+        squares = tl.zeros((BD, BS), tl.float32)
     else:
         T, out = T + first * step, out + first * out_step
         tile, out_tile = r[:, None] * step32 + e[None, :], r[:, None] * out_step32 + e[None, :]
         stride, out_stride = tl.full((), BD, tl.int64), tl.full((), BD, tl.int64)
         c = tl.zeros((BS, KP), tl.float32)
+        squares = tl.zeros((BS, BD), tl.float32)
     blocks = tl.cdiv(d, BD)
     for block in range(0, blocks):
         inside_d = e < d - block * BD
@@ -90,12 +102,18 @@ def _strip(
         )
         if LEFT:
             inside = inside_d[:, None] & inside_n[None, :]
-            X = tl.load(T + block * stride + tile, mask=inside, other=0.0)
-            c = tl.dot(tl.trans(V), X.to(tl.float32), c, input_precision=PRECISION)
+            X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
+            c = tl.dot(tl.trans(V), X, c, input_precision=PRECISION)
+            if energy is not None:
+                squares += X * X
         else:
             inside = inside_n[:, None] & inside_d[None, :]
-            X = tl.load(T + block * stride + tile, mask=inside, other=0.0)
-            c = tl.dot(X.to(tl.float32), V, c, input_precision=PRECISION)
+            X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
+            c = tl.dot(X, V, c, input_precision=PRECISION)
+            if energy is not None:
+                squares += X * X
+    if energy is not None:
+        _add_energy(energy, tl.sum(squares), tl.sum(c * c))
     if C != 0:
         pinned = C.to(tl.pointer_type(tl.float32)) + first * C_n
         if LEFT:
@@ -126,8 +144,10 @@ def _strip(
 
 @triton.jit
 def project_kernel(
+    places,
     table,
     strips,
+    energies,
     count,
     COLUMNS: tl.constexpr,
     CODE: tl.constexpr,
@@ -138,24 +158,38 @@ def project_kernel(
     ALIGNED: tl.constexpr,
     INTERPRETED: tl.constexpr,
 ):
-    """Each program takes every so-many-th strip; `strips` holds (tensor, strip of it) pairs."""
+    """Each program takes every so-many-th strip.
+
+    `strips` holds (matrix, strip of it) pairs, `places` where each matrix lies and where its
+    projection goes, `table` a `Row` for each; `energies`, if given, has a pair for each strip.
+    """
     for strip in range(tl.program_id(0), count, tl.num_programs(0)):
-        row = table + tl.load(strips + 2 * strip) * COLUMNS
+        matrix = tl.load(strips + 2 * strip)
         index = tl.load(strips + 2 * strip + 1)
+        place, row = places + 2 * matrix, table + matrix * COLUMNS
+        energy = energies
+        if energies is not None:
+            energy = energies + 2 * strip
         if CODE == 0:
-            _strip(row, index, tl.float32, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+            _strip(place, row, index, energy, tl.float32, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
         elif CODE == 1:
-            _strip(row, index, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+            _strip(place, row, index, energy, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
         elif CODE == 2:
-            _strip(row, index, tl.float16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+            _strip(place, row, index, energy, tl.float16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
         else:
-            code = tl.load(row + 13)
+            code = tl.load(row + 11)
             if code == 0:
-                _strip(row, index, tl.float32, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+                _strip(
+                    place, row, index, energy, tl.float32, LEFT, KP, BS, BD, ALIGNED, INTERPRETED
+                )
             elif code == 1:
-                _strip(row, index, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+                _strip(
+                    place, row, index, energy, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED
+                )
             else:
-                _strip(row, index, tl.float16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+                _strip(
+                    place, row, index, energy, tl.float16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED
+                )
 
 
 INTERPRETED = isinstance(project_kernel, InterpretedFunction)
@@ -168,67 +202,73 @@ def project_triton(
 
     One launch for each device and orientation in the list; arguments as `project_` has checked.
     """
-    groups: dict[tuple, list[_Job]] = {}
     staged: list[tuple[Tensor, Tensor]] = []
-    for i, T in enumerate(Ts):
-        for matrix, out, C in matrices(T, outs[i], Cs[i] if Cs else None, left, staged):
-            job = _Job(matrix, out, bases[i], C, left)
-            groups.setdefault((T.device, job.left), []).append(job)
-    for (device, side), jobs in groups.items():
-        _launch(jobs, side, device)
+    for device, found in listed(Ts, outs, bases, Cs, left, staged, packed=False).items():
+        for launch, chosen in _kept_launches(tuple(found.rows), device):
+            pointers = tuple(p for i in chosen for p in found.pointers[2 * i : 2 * i + 2])
+            launch.run(launch.places(pointers))
     for kept, out in staged:
         out.copy_(kept)
 
 
-class _Job:
-    """A matrix whose rows are contiguous, and what is done to it."""
-
-    __slots__ = ("C", "T", "basis", "left", "out")
-
-    def __init__(self, T: Tensor, out: Tensor, basis: Tensor, C: Tensor | None, left: bool):
-        if T.stride(1) != 1 or out.stride(1) != 1:  # its transpose, from the other side
-            T, out, left = T.mT, out.mT, not left
-            C = None if C is None else C.mT
-        self.T, self.out, self.left = T, out, left
-        self.basis = basis.float()
-        self.C = None if C is None else C.float()
-
-    def row(self) -> tuple[int, ...]:
-        T, out, basis, C = self.T, self.out, self.basis, self.C
-        d, k = basis.shape
-        C_n, C_k = (0, 0) if C is None else C.stride()[::-1] if self.left else C.stride()
-        return (
-            T.data_ptr(),
-            out.data_ptr(),
-            basis.data_ptr(),
-            0 if C is None else C.data_ptr(),
-            T.numel() // d,
-            d,
-            k,
-            T.stride(0),
-            out.stride(0),
-            *basis.stride(),
-            C_n,
-            C_k,
-            CODES[T.dtype],
-        )
+def launches(rows: Sequence[Row], device: torch.device) -> list[tuple["Launch", list[int]]]:
+    """One for each orientation, and which of the rows are in it."""
+    sides = [[i for i, row in enumerate(rows) if row.left == left] for left in (0, 1)]
+    return [(Launch([rows[i] for i in chosen], device), chosen) for chosen in sides if chosen]
 
 
-def _launch(jobs: list[_Job], left: bool, device: torch.device) -> None:
-    rows = tuple(job.row() for job in jobs)
-    KP = max(16, triton.next_power_of_2(max(job.basis.shape[1] for job in jobs)))
-    codes = {CODES[job.T.dtype] for job in jobs}
-    size = max(job.T.element_size() for job in jobs)
-    code = codes.pop() if len(codes) == 1 else MIXED
-    options = tiling(code, left, KP, widest=max(row[4] for row in rows))
-    table, strips, aligned = _tables(rows, options["BS"], device)
-    count = strips.shape[0]
-    strip = max(row[5] for row in rows) * options["BS"] * size
-    grid = (min(count, _resident(device, strip)),)
-    with on_device(device):
-        project_kernel[grid](
-            table, strips, count, COLUMNS, **options, ALIGNED=aligned, INTERPRETED=INTERPRETED
-        )
+_kept_launches = lru_cache(KEPT)(launches)
+
+
+class Launch:
+    """Matrices of one device and orientation, laid out for the kernel."""
+
+    def __init__(self, rows: Sequence[Row], device: torch.device):
+        self.device = device
+        KP = max(16, triton.next_power_of_2(max(row.k for row in rows)))
+        codes = {row.code for row in rows}
+        code = codes.pop() if len(codes) == 1 else MIXED
+        self.options = tiling(code, bool(rows[0].left), KP, widest=max(row.n for row in rows))
+        BS = self.options["BS"]
+        pairs = [(i, s) for i, row in enumerate(rows) for s in range(-(-row.n // BS))]
+        self.count = len(pairs)
+        self.owners = [i for i, _ in pairs]
+        """The matrix that each strip is of."""
+        self.table = to_device(torch.tensor(rows, dtype=torch.int64), device)
+        self.strips = to_device(torch.tensor(pairs, dtype=torch.int32), device)
+        # 16 elements of the smaller dtypes are 32 bytes, so whole vectors lie inside or outside.
+        self.even = all(v % 16 == 0 for r in rows for v in (r.n, r.d, r.step, r.out_step))
+        size = 4 if code in (CODES[torch.float32], MIXED) else 2
+        strip = max(row.d for row in rows) * BS * size
+        self.grid = (min(self.count, _resident(device, strip)),)
+        self.places = lru_cache(KEPT)(self._places)
+
+    def _places(self, pointers: tuple[int, ...]) -> tuple[Tensor, bool]:
+        """On the device, and whether all are aligned; kept: a list that stays costs no copy."""
+        aligned = self.even and all(p % 16 == 0 for p in pointers)
+        return to_device(torch.tensor(pointers, dtype=torch.int64), self.device), aligned
+
+    def run(self, places: tuple[Tensor, bool], energies: Tensor | None = None) -> None:
+        """Project all where they lie.
+
+        Args:
+            places: from `places(pointers)`, of each matrix its own address and its projection's.
+            energies: `[strips, 2]` fp32, to which each strip's ‖T‖² and what of it lay in the basis
+                are added.
+        """
+        where, aligned = places
+        with on_device(self.device):
+            project_kernel[self.grid](
+                where,
+                self.table,
+                self.strips,
+                energies,
+                self.count,
+                COLUMNS,
+                **self.options,
+                ALIGNED=aligned,
+                INTERPRETED=INTERPRETED,
+            )
 
 
 def tiling(code: int, left: bool, KP: int, widest: int) -> dict:
@@ -239,8 +279,10 @@ def tiling(code: int, left: bool, KP: int, widest: int) -> dict:
     """
     half = code in (CODES[torch.bfloat16], CODES[torch.float16])
     BS = 32 if half and widest > 16 else 16
-    BD = 64 if KP <= 32 else 32
-    return {"CODE": code, "LEFT": left, "KP": KP, "BS": BS, "BD": BD, "num_warps": 4}
+    BD = 64 if KP <= 32 and code != MIXED else 32
+    sizes = {"KP": KP, "BS": BS, "BD": BD}
+    # All the registers there are: left to itself the assembler spills some to run more programs.
+    return {"CODE": code, "LEFT": left, **sizes, "num_warps": 4, "maxnreg": 255}
 
 
 def _resident(device: torch.device, strip: int) -> int:
@@ -250,33 +292,6 @@ def _resident(device: torch.device, strip: int) -> int:
     about = torch.cuda.get_device_properties(device)
     fits = about.L2_cache_size // 2 // strip
     return max(about.multi_processor_count, min(fits, 4 * about.multi_processor_count))
-
-
-_cache: OrderedDict[tuple, tuple[Tensor, Tensor, bool]] = OrderedDict()
-
-
-def _tables(
-    rows: tuple[tuple[int, ...], ...], BS: int, device: torch.device
-) -> tuple[Tensor, Tensor, bool]:
-    """Table, strips and alignment, kept by what they hold, so that the same list costs no copy."""
-    key = (rows, BS, device)
-    if key in _cache:
-        _cache.move_to_end(key)
-        return _cache[key]
-    pairs = [(i, s) for i, row in enumerate(rows) for s in range(-(-row[4] // BS))]
-    # 16 elements of the smaller dtypes are 32 bytes, so whole vectors lie inside or outside.
-    aligned = all(
-        row[0] % 16 == row[1] % 16 == 0 and all(v % 16 == 0 for v in (*row[4:6], *row[7:9]))
-        for row in rows
-    )
-    found = tuple(
-        to_device(torch.tensor(values, dtype=dtype), device)
-        for values, dtype in ((rows, torch.int64), (pairs, torch.int32))
-    )
-    _cache[key] = (*found, aligned)
-    if len(_cache) > KEPT:
-        _cache.popitem(last=False)
-    return _cache[key]
 
 
 def on_device(device: torch.device):

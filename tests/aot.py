@@ -20,7 +20,13 @@ ARCHITECTURES = (80, 89, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
-SIGNATURES = {"table": "*i64", "strips": "*i32", "count": "i32"}
+SIGNATURES = {
+    "places": "*i64",
+    "table": "*i64",
+    "strips": "*i32",
+    "energies": "*fp32",  # without them the kernel does less
+    "count": "i32",
+}
 RANKS = (16, 32, 64)
 
 
@@ -56,7 +62,9 @@ def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     kernel = triton.compile(
-        source, target=GPUTarget("cuda", arch, 32), options={"num_warps": options["num_warps"]}
+        source,
+        target=GPUTarget("cuda", arch, 32),
+        options={k: v for k, v in options.items() if k in ("num_warps", "maxnreg")},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])

@@ -131,16 +131,21 @@ def test_rows_far_apart(side, monkeypatch):
 def test_one_launch_for_a_list_and_tables_are_kept(monkeypatch):
     from grasp_kernels import project_triton
 
-    launches = []
-    real = project_triton._launch
-    monkeypatch.setattr(project_triton, "_launch", lambda *a: (launches.append(a), real(*a)))
+    launches, made = [], []
+    real = project_triton.Launch.run
+    monkeypatch.setattr(project_triton.Launch, "run", lambda *a: (launches.append(a[0]), real(*a)))
+    monkeypatch.setattr(
+        project_triton, "to_device", lambda host, device: made.append(host) or host.to(device)
+    )
     Ts = [torch.randn(r, 40, device=DEVICE).to(t) for r, t in zip((3, 16, 90), DTYPES, strict=True)]
+    U = orthonormal(40, 4).to(DEVICE)
     with gk.backend("triton"):
-        gk.project_(Ts, orthonormal(40, 4).to(DEVICE))
-        assert len(launches) == 1
-        kept = len(project_triton._cache)
-        gk.project_(Ts, orthonormal(40, 4).to(DEVICE))
-    assert len(launches) == 2 and len(project_triton._cache) <= kept + 1
+        gk.project_(Ts, U)
+        assert len(launches) == 1 and len(made) == 3
+        gk.project_(Ts, U)
+        assert launches == [launches[0]] * 2 and len(made) == 3
+        gk.project_([T.clone() for T in Ts], U)  # elsewhere: where they lie is new, nothing else
+    assert launches == [launches[0]] * 3 and len(made) == 4
 
 
 def test_is_deterministic():
