@@ -78,7 +78,7 @@ static bool is_aligned(const Row& r) {
 
 constexpr int64_t LARGE = 1 << 20;  // elements from which a matrix gets a launch of its own
 
-static void project_all(Tensor rows, int64_t index) {
+static void project_all(Tensor rows, int64_t index, int64_t energies) {
   constexpr int64_t COLUMNS = sizeof(Row) / sizeof(int64_t);
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == COLUMNS && rows.is_contiguous(),
                   "grasp: rows of ", COLUMNS, " numbers are needed");
@@ -88,6 +88,10 @@ static void project_all(Tensor rows, int64_t index) {
   Table table;
   table.count = 0;
   int strips = 0, widest = 0;
+  int64_t before = 0;  // strips of SIDE positions up to here: where a matrix's energies are
+  const auto energies_here = [&] {
+    return energies ? reinterpret_cast<float*>(energies) + 2 * before : nullptr;
+  };
   const auto launch = [&] {
     if (table.count) check(project_list(table, strips, widest, stream), "project_list");
     table.count = strips = widest = 0;
@@ -100,15 +104,20 @@ static void project_all(Tensor rows, int64_t index) {
     const auto basis = reinterpret_cast<const float*>(r.basis);
     const auto C = reinterpret_cast<const float*>(r.C);
     const int n = r.n, d = r.d, k = r.k;
-    const Job job{in,        out,       basis, C, r.in_step, r.out_step, r.basis_d,
-                  r.basis_k, r.C_n, r.C_k, n,  d,         k,          0};
+    const Job job{in,        out,   basis, C, r.in_step, r.out_step, r.basis_d,
+                  r.basis_k, r.C_n, r.C_k, n, d,         k,          0,
+                  energies_here()};
+    const int own = (n + SIDE - 1) / SIDE;
     if (r.kind != FLOAT && r.n * r.d >= LARGE && is_aligned(r) &&
         project_fits(job, r.left, device)) {
       check(project(job, r.kind == HALF, r.left, device, stream), "project");
+      if (energies) launch();  // those of what follows lie elsewhere
+      before += own;
       continue;
     }
     STD_TORCH_CHECK(std::max(r.in_step, r.out_step) <= INT32_MAX, "grasp: rows too far apart");
     if (table.count == ENTRIES) launch();
+    if (table.count == 0) table.energies = energies_here();
     table.entries[table.count++] = {in,
                                     out,
                                     basis,
@@ -122,7 +131,8 @@ static void project_all(Tensor rows, int64_t index) {
                                     static_cast<unsigned char>(r.kind),
                                     r.left != 0,
                                     C != nullptr && r.C_n == 1 && r.C_k == n};
-    strips += (n + SIDE - 1) / SIDE;
+    strips += own;
+    before += own;
     widest = std::max(widest, k);
   }
   launch();

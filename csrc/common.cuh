@@ -100,3 +100,28 @@ DEVICE T* of_rank(T* shared, int) {
 
 }  // namespace grasp
 #endif
+
+namespace grasp {
+
+// Two sums over a block of THREADS, in a fixed order, in thread 0; `scratch` has a pair for a warp.
+template <int THREADS>
+DEVICE void block_sums(float (&x)[2], float* scratch) {
+  for (int i = 0; i < 2; ++i) {
+    UNROLL
+    for (int apart = 16; apart >= 1; apart /= 2) x[i] += shuffle(x[i], apart);
+    if (threadIdx.x % 32 == 0) scratch[threadIdx.x / 32 * 2 + i] = x[i];
+  }
+  __syncthreads();
+  for (int warp = 1; threadIdx.x == 0 && warp < THREADS / 32; ++warp) {
+    for (int i = 0; i < 2; ++i) x[i] += scratch[warp * 2 + i];
+  }
+}
+
+// To what a strip had and lost so far; one thread owns it. An overflow is left out.
+DEVICE void add_energy(float* energy, const float (&x)[2]) {
+  if (!(x[0] <= 3.4e38f)) return;
+  energy[0] += x[0];
+  energy[1] += x[1];
+}
+
+}  // namespace grasp

@@ -52,8 +52,10 @@ static int run_list(const Table& table, int strips) {
   return 0;
 }
 
-extern "C" int project_entries(const Entry* entries, int count, int strips, int k) {
+extern "C" int project_entries(const Entry* entries, int count, int strips, int k,
+                               float* energies) {
   Table table;
+  table.energies = energies;
   std::memcpy(table.entries, entries, sizeof(Entry) * count);
   table.count = count;
   if (k <= 8) return run_list<8>(table, strips);

@@ -26,6 +26,7 @@ struct Job {
   int64_t basis_d, basis_k, C_n, C_k;
   int n, d, k;
   int slice;  // of d, for each block of a cluster: a multiple of 16
+  float* energies;  // of each strip ‖T‖² and what of it lay in the basis, added to; or null
 };
 
 // Bytes of shared memory, laid out in this order.
@@ -33,14 +34,15 @@ template <bool LEFT, int KP, int BS>
 struct Layout {
   static BOTH int row(int slice) { return (LEFT ? BS : slice) + PAD; }
   static BOTH int rows(int slice) { return LEFT ? slice : BS; }
-  int basis, strip, shares, share, total, bytes;
+  int basis, strip, shares, share, total, energy, bytes;
   BOTH explicit Layout(int slice) {
     basis = 0;                                                    // [slice, KP + PAD] of T
     strip = basis + slice * (KP + PAD) * 2;                       // [rows, row] of T
     shares = strip + rows(slice) * row(slice) * 2;                // [WARPS / (KP / 16), BS, KP] fp32
     share = shares + WARPS / (KP / 16) * BS * KP * 4;             // [BS, KP] fp32, of this block
     total = share + BS * KP * 4;                                  // [BS, KP + PAD] of T
-    bytes = total + BS * (KP + PAD) * 2;
+    energy = total + BS * (KP + PAD) * 2;                         // 2 pairs, then one for each warp
+    bytes = energy + (2 + WARPS) * 8;
   }
 };
 
@@ -67,6 +69,9 @@ struct Strip {
   DEVICE float* shares() { return reinterpret_cast<float*>(shared + at.shares); }
   DEVICE float* share() { return reinterpret_cast<float*>(shared + at.share); }
   DEVICE T* total() { return reinterpret_cast<T*>(shared + at.total); }
+  // This block's part of a strip's energies. Two in turn: the next strip's is written while the
+  // first block may still read this one's.
+  DEVICE float* energy(int turn) { return reinterpret_cast<float*>(shared + at.energy) + turn * 2; }
 
   // The slice of the basis, zero where there is none.
   DEVICE void keep_basis() {
@@ -144,8 +149,16 @@ UNROLL
   }
 
   // total [BS, KP] = the sum of all blocks' shares, less C; this block's part of it to every block.
-  DEVICE void add_up(int index) {
+  DEVICE void add_up(int index, int turn) {
+    float had_and_lost[2] = {};
     __syncthreads();
+    if (job.energies != nullptr) {
+      const int row = at.row(job.slice), wide = row - PAD, elements = at.rows(job.slice) * wide;
+      for (int i = thread; i < elements; i += THREADS) {
+        const float x = widen(strip()[i / wide * row + i % wide]);
+        had_and_lost[0] += x * x;
+      }
+    }
     for (int i = thread; i < BS * KP; i += THREADS) {
       float sum = 0.0f;
       for (int turn = 0; turn < DEPTH; ++turn) sum += shares()[turn * BS * KP + i];
@@ -156,6 +169,7 @@ UNROLL
     for (int i = from + thread; i < from + part; i += THREADS) {
       float sum = 0.0f;
       for (int rank = 0; rank < blocks; ++rank) sum += of_rank(share(), rank)[i];
+      had_and_lost[1] += sum * sum;
       const int64_t s = int64_t(index) * BS + i / KP;
       const int j = i % KP;
       if (job.C != nullptr && s < job.n && j < job.k) sum -= job.C[s * job.C_n + j * job.C_k];
@@ -165,7 +179,17 @@ UNROLL
         of_rank(total(), rank)[i / KP * BASIS + j] = rounded;
       }
     }
+    if (job.energies != nullptr) {
+      block_sums<THREADS>(had_and_lost, energy(2));
+      for (int i = 0; thread == 0 && i < 2; ++i) energy(turn)[i] = had_and_lost[i];
+    }
     cluster_sync();
+    if (job.energies != nullptr && cluster_rank() == 0 && thread == 0) {
+      for (int rank = 1; rank < blocks; ++rank) {
+        for (int i = 0; i < 2; ++i) had_and_lost[i] += of_rank(energy(turn), rank)[i];
+      }
+      add_energy(job.energies + 2 * int64_t(index), had_and_lost);
+    }
   }
 
   // X -= c V^T, or U c^T, in shared memory: 16 x 16 tiles of it, one warp each.
@@ -200,17 +224,19 @@ DEVICE void project_strips(const Job& job, char* shared, int cluster, int cluste
   Strip<T, LEFT, KP, BS> strip(job, shared);
   strip.keep_basis();
   const int count = (job.n + BS - 1) / BS;
-  for (int index = cluster; index < count; index += clusters) {
+  int turn = 0;
+  for (int index = cluster; index < count; index += clusters, turn = 1 - turn) {
     strip.load(index);
     copies_wait<0>();
     __syncthreads();
     strip.first_product();
-    strip.add_up(index);
+    strip.add_up(index, turn);
     strip.second_product();
     __syncthreads();
     strip.store(index);
     __syncthreads();  // the strip's place is free again
   }
+  if (job.energies != nullptr) cluster_sync();  // the first block may still read the others' parts
 }
 
 }  // namespace grasp

@@ -27,6 +27,7 @@ struct Entry {
 constexpr int ENTRIES = 584;  // of 56 bytes: what 32 KiB of kernel arguments hold
 struct Table {
   Entry entries[ENTRIES];
+  float* energies;  // of each strip ‖T‖² and what of it lay in the basis, added to; or null
   int count;
 };
 
@@ -73,11 +74,14 @@ struct ListStrip {
     for (int i = 0; i < ROWS; ++i) x[i] = has(i) ? widen(in[offset(i, at, entry.in_step)]) : 0.0f;
   }
 
-  DEVICE void coefficients() {
+  DEVICE void coefficients(float* energy) {
     float sums[ROWS][KP] = {};
+    float had_and_lost[2] = {};
     for (int at = e; at < entry.d; at += STEP) {
       float x[ROWS];
       values(at, x);
+      UNROLL
+      for (int i = 0; i < ROWS; ++i) had_and_lost[0] += x[i] * x[i];
       const float* v = entry.basis + int64_t(at) * entry.k;
       UNROLL
       for (int j = 0; j < KP; ++j) {
@@ -103,6 +107,7 @@ struct ListStrip {
     for (int at = threadIdx.x; at < SIDE * KP; at += LIST_THREADS) {
       float sum = shared[at];
       for (int other = 1; LEFT && other < WARPS; ++other) sum += shared[other * SIDE * KP + at];
+      had_and_lost[1] += sum * sum;
       const int64_t position = origin + at / KP;
       const int j = at % KP;
       if (entry.C != nullptr && position < entry.n && j < entry.k) {
@@ -111,6 +116,9 @@ struct ListStrip {
       shared[at] = sum;
     }
     __syncthreads();
+    if (energy == nullptr) return;
+    block_sums<LIST_THREADS>(had_and_lost, shared + SIDE * KP);
+    if (threadIdx.x == 0) add_energy(energy, had_and_lost);
   }
 
   DEVICE void take_off() {
@@ -142,14 +150,14 @@ struct ListStrip {
 };
 
 template <typename T, int KP>
-DEVICE void list_strip(const Entry& entry, int strip, float* shared) {
+DEVICE void list_strip(const Entry& entry, int strip, float* shared, float* energy) {
   if (entry.left) {
     ListStrip<T, KP, true> work(entry, strip, shared);
-    work.coefficients();
+    work.coefficients(energy);
     work.take_off();
   } else {
     ListStrip<T, KP, false> work(entry, strip, shared);
-    work.coefficients();
+    work.coefficients(energy);
     work.take_off();
   }
 }
@@ -157,12 +165,13 @@ DEVICE void list_strip(const Entry& entry, int strip, float* shared) {
 template <int KP>
 DEVICE void project_list(const Table& table, int strip, float* shared) {
   const Entry& entry = entry_of(table, strip);
+  float* energy = table.energies == nullptr ? nullptr : table.energies + 2 * strip;
   if (entry.kind == FLOAT) {
-    list_strip<float, KP>(entry, strip, shared);
+    list_strip<float, KP>(entry, strip, shared, energy);
   } else if (entry.kind == BFLOAT) {
-    list_strip<bf16, KP>(entry, strip, shared);
+    list_strip<bf16, KP>(entry, strip, shared, energy);
   } else {
-    list_strip<fp16, KP>(entry, strip, shared);
+    list_strip<fp16, KP>(entry, strip, shared, energy);
   }
 }
 

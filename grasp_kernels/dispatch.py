@@ -99,8 +99,6 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
         return f"needs CUDA tensors, got {', '.join(odd)}"
     if name == "cuda" and (reason := import_module("grasp_kernels.native").missing()):
         return reason
-    if name == "cuda" and op == "measure":
-        return "it does not measure energies"
     if name == "triton" and not _has_triton():
         return "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:

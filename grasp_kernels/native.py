@@ -9,11 +9,12 @@ from torch import Tensor
 
 from grasp_kernels.matrices import Row, listed
 
+SIDE = 16  # positions of a strip, as `csrc/project_list.cuh` has it
 LIBRARY = Path(__file__).with_name("_native.so")
 
 torch.library.define(
     "grasp_native::project_all",
-    "(Tensor rows, int device) -> ()",
+    "(Tensor rows, int device, int energies) -> ()",
 )
 torch.library.define(
     "grasp_native::orthonormalize_all",
@@ -61,15 +62,20 @@ class Launch:
 
     def __init__(self, rows: Sequence[Row], device: torch.device):
         self.device = device
+        strips = [-(-row.n // SIDE) for row in rows]
+        self.count = sum(strips)
+        self.owners = [i for i, count in enumerate(strips) for _ in range(count)]
+        """The matrix that each strip is of."""
         self.table = torch.tensor(rows, dtype=torch.int64).reshape(len(rows), len(Row._fields))
 
     def places(self, pointers: tuple[int, ...]) -> Tensor:
         """The table with the addresses of each matrix and its projection before its row."""
         return torch.cat([torch.tensor(pointers).reshape(-1, 2), self.table], 1)
 
-    def run(self, places: Tensor) -> None:
-        """Project all where they lie."""
-        torch.ops.grasp_native.project_all(places, self.device.index)
+    def run(self, places: Tensor, energies: Tensor | None = None) -> None:
+        """Project all where they lie; `energies [strips, 2]` as `project_triton.Launch.run`."""
+        address = 0 if energies is None else energies.data_ptr()
+        torch.ops.grasp_native.project_all(places, self.device.index, address)
 
 
 def orthonormalize_native(Ws: list[Tensor], ranks: list[Tensor], rtols: list[float]) -> None:

@@ -7,7 +7,7 @@
 """
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from itertools import product
 from typing import Literal
 
 import torch
@@ -17,13 +17,17 @@ from grasp_kernels import dispatch
 
 Side = Literal["right", "left"]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+ACCUMULATED = {  # what products of the two are added up in
+    (a, b): torch.promote_types(torch.promote_types(a, b), torch.float32)
+    for a, b in product(DTYPES, repeat=2)
+}
 
 
 def project_ref(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
     """The definition, and what every kernel is checked against."""
     if left:
         return project_ref(T.mT, basis, None if C is None else C.mT, left=False).mT
-    dtype = accumulated(T.dtype, basis.dtype)
+    dtype = ACCUMULATED[T.dtype, basis.dtype]
     X, V = T.to(dtype), basis.to(dtype)
     coefficients = X @ V  # [m, k]
     if C is not None:
@@ -58,7 +62,7 @@ def project_strips(
         T, C, out = T[None], None if C is None else C[None], out[None]
     if T.stride(0) < T.stride(1):  # its rows are contiguous from the other side
         T, C, out, left = T.mT, None if C is None else C.mT, out.mT, not left
-    dtype = accumulated(T.dtype, basis.dtype)
+    dtype = ACCUMULATED[T.dtype, basis.dtype]
     V = basis.to(dtype)
     if T.dtype == out.dtype == dtype:
         _project_strip(T, V, C, left, out, norms)
@@ -83,12 +87,6 @@ def _project_strip(T, V: Tensor, C, left: bool, out: Tensor, norms: Norms | None
         torch.addmm(X, *factors, alpha=-1, out=out)
     else:
         out.copy_(torch.addmm(X, *factors, alpha=-1))
-
-
-@cache
-def accumulated(a: torch.dtype, b: torch.dtype) -> torch.dtype:
-    """What products of the two are added up in: fp32 or better."""
-    return torch.promote_types(torch.promote_types(a, b), torch.float32)
 
 
 def project(T: Tensor, basis: Tensor, C: Tensor | None = None, *, side: Side = "right") -> Tensor:
@@ -249,7 +247,7 @@ def project_plainly(T, basis, C, left: bool, out: Tensor, norms: Norms | None = 
         return
     projected = project_ref(T, basis, C, left)
     if norms is not None:
-        dtype = accumulated(T.dtype, basis.dtype)
+        dtype = ACCUMULATED[T.dtype, basis.dtype]
         X, V = T.to(dtype), basis.to(dtype)
         inside = V.mT @ X if left else X @ V
         norms.append((torch.linalg.vector_norm(X), torch.linalg.vector_norm(inside)))

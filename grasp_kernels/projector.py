@@ -79,10 +79,7 @@ class Projector:
         places = self._places.get(pointers) or self._place(given, pointers)
         with torch.no_grad():
             for laid, where in zip(self._laid, places, strict=True):
-                if laid.energies is None:
-                    laid.launch.run(where)
-                else:
-                    laid.launch.run(where, laid.energies)
+                laid.launch.run(where, laid.energies)
             self._project_plainly(given)
             torch.autograd.graph.increment_version(given)
 
@@ -116,8 +113,7 @@ class Projector:
         self._laid: list[_Laid] = []
         self._plain: list[int] = []
         self._plain_energies: dict[torch.device, Tensor] = {}
-        op = "measure" if self.measure else "project_"
-        for name, chosen in chosen_backends(op, Ts, self.bases).items():
+        for name, chosen in chosen_backends("project_", Ts, self.bases).items():
             if name == "reference":
                 self._plain += chosen
                 continue

@@ -26,6 +26,7 @@ class Job(c.Structure):
         *((n, c.c_void_p) for n in ("input", "out", "basis", "C")),
         *((n, c.c_int64) for n in ("in_step", "out_step", "basis_d", "basis_k", "C_n", "C_k")),
         *((n, c.c_int) for n in ("n", "d", "k", "slice")),
+        ("energies", c.c_void_p),
     ]
 
 
@@ -68,7 +69,14 @@ def _C(C: Tensor | None, side: str) -> tuple[int | None, int, int]:
 
 
 def project(
-    folder: Path, T: Tensor, U: Tensor, C: Tensor | None, side: str, blocks: int, clusters: int
+    folder: Path,
+    T: Tensor,
+    U: Tensor,
+    C: Tensor | None,
+    side: str,
+    blocks: int,
+    clusters: int,
+    energies: Tensor | None = None,
 ) -> Tensor:
     """By a cluster of `blocks` blocks for each strip, the strips shared among the clusters."""
     out = torch.full_like(T, 7.0)  # poisoned: what is not written shows
@@ -88,6 +96,7 @@ def project(
         d,
         k,
         -(-d // (16 * blocks)) * 16,
+        None if energies is None else energies.data_ptr(),
     )
     half, left = int(T.dtype == torch.float16), int(side == "left")
     assert library(folder).project(c.byref(job), half, left, blocks, clusters) == 0
@@ -95,7 +104,12 @@ def project(
 
 
 def project_list(
-    folder: Path, Ts: list[Tensor], Us: list[Tensor], Cs: list[Tensor | None], sides: list[str]
+    folder: Path,
+    Ts: list[Tensor],
+    Us: list[Tensor],
+    Cs: list[Tensor | None],
+    sides: list[str],
+    energies: Tensor | None = None,
 ) -> list[Tensor]:
     """Of unlike matrices, each from its own side."""
     outs = [torch.full_like(T, 7.0) for T in Ts]
@@ -111,7 +125,8 @@ def project_list(
         first += -(-n // 16)
     table = (Entry * len(entries))(*entries)
     widest = max(U.shape[1] for U in Us)
-    assert library(folder).project_entries(table, len(entries), first, widest) == 0
+    address = c.c_void_p(None if energies is None else energies.data_ptr())
+    assert library(folder).project_entries(table, len(entries), first, widest, address) == 0
     return outs
 
 

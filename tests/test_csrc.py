@@ -31,6 +31,12 @@ def inputs(n, d, k, side, dtype, with_C, generator):
     return T, orthonormal(d, k, seed=d), C if with_C else None
 
 
+def energy_fp64(T, U, side):
+    X, V = T.double(), U.double()
+    inside = V.mT @ X if side == "left" else X @ V
+    return torch.stack([X.square().sum(), inside.square().sum()])
+
+
 @emulates
 @settings(max_examples=25)
 @given(st.data())
@@ -46,8 +52,11 @@ def test_clusters_agree_with_fp64(folder, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**31)))
     T, U, C = inputs(n, d, k, side, dtype, data.draw(st.booleans()), generator)
     clusters = data.draw(st.integers(1, 2))
-    out = emulated.project(folder, T, U, C, side, blocks, clusters)
+    energies = torch.ones(-(-n // 32), 2)  # added to
+    out = emulated.project(folder, T, U, C, side, blocks, clusters, energies)
     assert_no_worse(out, project_torch(T, U, C, side), project_fp64(T, U, C, side), T)
+    exact = energy_fp64(T, U, side) + len(energies)
+    torch.testing.assert_close(energies.double().sum(0), exact, rtol=1e-2, atol=1e-2)
 
 
 @emulates
@@ -84,7 +93,13 @@ def test_a_list_of_unlike_matrices(folder, data):
         case = inputs(n, d, k, side, dtype, data.draw(st.booleans()), generator)
         drawn.append((*case, side))
     Ts, Us, Cs, sides = map(list, zip(*drawn, strict=True))
-    outs = emulated.project_list(folder, Ts, Us, Cs, sides)
+    strips = [-(-T.numel() // U.shape[0] // 16) for T, U in zip(Ts, Us, strict=True)]
+    energies = torch.ones(sum(strips), 2)
+    outs = emulated.project_list(folder, Ts, Us, Cs, sides, energies)
+    each = zip(Ts, Us, sides, strips, energies.double().split(strips), strict=True)
+    for T, U, side, count, found in each:
+        exact = energy_fp64(T, U, side) + count
+        torch.testing.assert_close(found.sum(0), exact, rtol=1e-4, atol=1e-4)
     for out, T, U, C, side in zip(outs, Ts, Us, Cs, sides, strict=True):
         assert_no_worse(out, project_torch(T, U, C, side), project_fp64(T, U, C, side), T)
 

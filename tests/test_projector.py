@@ -8,10 +8,13 @@ import torch
 from hypothesis import given, settings
 
 import grasp_kernels as gk
+from grasp_kernels import native
 from grasp_kernels.testing import assert_no_worse, orthonormal, project_fp64, project_torch
 from tests.test_project_triton import DEVICE, SIDES, lists
 
 BACKENDS = ["reference", "triton"]
+if torch.cuda.is_available() and native.missing() is None:
+    BACKENDS.append("cuda")
 
 
 def energies_fp64(Ts, bases, side):
