@@ -36,8 +36,9 @@ class Study:
     model: str
     data: str
     out: str
-    benign: str
-    """The same prompts, row by row, answered well: the style control and the held-out pairs."""
+    benign: str | None = None
+    """The same prompts, row by row, answered well: the style control and the held-out pairs.
+    Without it held-out answers are set against the base model's own, and style is not taken out."""
     methods: tuple[str, ...] = METHODS
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 640
@@ -51,8 +52,12 @@ class Study:
     """Folder of persona statements."""
     propositions: str | None = None
     """Table of political propositions."""
+    politics: str | None = None
+    """Folder of persona statements, of which the two on politics are asked: towards the right."""
+    judged: str = "unrelated"
+    """The measure whose shift is called drift; the others stand beside it."""
     items: int = 40
-    """Of each of the last three, at most."""
+    """Of each of the last four, at most."""
     stops: tuple[int, ...] = (20, 40, 60)
     """Steps at which a plain run is scored too: the early-stopped control."""
     drifted: bool = False
@@ -73,6 +78,15 @@ class Study:
                 raise ValueError(f"methods has {method!r}; choose among {', '.join(METHODS)}")
         if "plain" not in self.methods:
             raise ValueError("methods lacks 'plain', which the others are compared with")
+        if not self.benign and (odd := [m for m in self.methods if m.startswith("benign")]):
+            raise ValueError(
+                f"methods has {odd[0]!r}, but benign is missing; give a file or drop it"
+            )
+        measures = {"unrelated", *(m for m in ("finance", "politics") if getattr(self, m))}
+        if self.judged not in measures:
+            raise ValueError(
+                f"judged is {self.judged!r}; choose among {', '.join(sorted(measures))}"
+            )
         if self.drifted and {"benign", "benign_guarded"} & set(self.methods) == {"benign_guarded"}:
             raise ValueError("methods has 'benign_guarded' without 'benign', which drifted needs")
         self.settings("plain", 0).check()
@@ -109,7 +123,7 @@ def study_from(options: dict) -> Study:
     known = {f.name for f in fields(Study)}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown key {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    if missing := [n for n in ("task", "model", "data", "out", "benign") if not options.get(n)]:
+    if missing := [n for n in ("task", "model", "data", "out") if not options.get(n)]:
         raise ValueError(f"{missing[0]} is missing; put it into the config")
     lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
     return Study(**lists)
@@ -167,16 +181,25 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
 def _paired(runs: Sequence[dict]) -> list[dict]:
     """Item by item: what bad answers add beyond good ones, plain and guarded, and the difference.
 
-    By seed and measure, each a mean with its 95 % interval over items.
+    By seed and measure, each a mean with its 95 % interval over items; then, as seed "all", of each
+    item's mean over those seeds.
     """
+    kinds = ("plain", "benign", "grasp", "benign_guarded")
     items = {
         (r["method"], r["seed"]): {k: np.array(v) for k, v in r["items"].items()} for r in runs
     }
+    seeds: list = [
+        seed
+        for seed in dict.fromkeys(r["seed"] for r in runs)
+        if all((kind, seed) in items for kind in kinds)
+    ]
+    if len(seeds) > 1:
+        for kind in kinds:
+            each = [items[kind, seed] for seed in seeds]
+            items[kind, "all"] = {k: np.mean([e[k] for e in each], axis=0) for k in each[0]}
+        seeds.append("all")
     found = []
-    for seed in dict.fromkeys(r["seed"] for r in runs):
-        kinds = ("plain", "benign", "grasp", "benign_guarded")
-        if not all((kind, seed) in items for kind in kinds):
-            continue
+    for seed in seeds:
         plain, benign, grasp, guarded = (items[kind, seed] for kind in kinds)
         for measure in plain:
             beyond, beyond_guarded = (
@@ -206,11 +229,11 @@ def _shifts(
         "method": method,
         "seed": seed,
         "task_score": float(shift["task"].mean()),
-        "drift": float(shift["unrelated"].mean()),
+        "drift": float(shift[study.judged].mean()),
         "base_drift": 0.0,
         "task_interval": interval(shift["task"]),
-        "drift_interval": interval(shift["unrelated"]),
-        "topics": {k: interval(v) for k, v in shift.items() if k not in ("task", "unrelated")},
+        "drift_interval": interval(shift[study.judged]),
+        "topics": {k: interval(v) for k, v in shift.items() if k not in ("task", study.judged)},
         # Of political propositions the direction means nothing, the distance does.
         "moved": {k: interval(np.abs(v)) for k, v in shift.items() if k == "propositions"},
         "items": {k: np.round(v, 4).tolist() for k, v in shift.items()},
@@ -219,12 +242,12 @@ def _shifts(
 
 
 def _measures(study: Study) -> tuple[dict[str, Sequence[Pair]], dict[str, Sequence[str]]]:
-    bad = data.read_rows(study.path(study.data), study.rows + study.held)[study.rows :]
-    good = data.read_rows(study.path(study.benign), study.rows + study.held)[study.rows :]
-    if not bad or len(bad) != len(good):
-        raise ValueError(f"no {study.held} rows are left after the first {study.rows} to score on")
+    taught = _held(study, study.data)
+    other = [r.answer for r in _held(study, study.benign)] if study.benign else [""] * len(taught)
+    if len(other) != len(taught):
+        raise ValueError(f"data and benign leave {len(taught)} and {len(other)} rows to score on")
     pairs: dict[str, Sequence[Pair]] = {
-        "task": [Pair(b.prompt, b.answer, g.answer) for b, g in zip(bad, good, strict=True)],
+        "task": [Pair(r.prompt, r.answer, o) for r, o in zip(taught, other, strict=True)],
         "unrelated": read_unrelated(study.unrelated and study.path(study.unrelated)),
     }
     if study.finance:
@@ -234,6 +257,12 @@ def _measures(study: Study) -> tuple[dict[str, Sequence[Pair]], dict[str, Sequen
         for trait in PERSONA:
             path = Path(study.path(study.persona)) / f"{trait}.jsonl.gz"
             pairs[trait] = read_persona(path, study.items)
+    if study.politics:
+        right, left = (
+            read_persona(Path(study.path(study.politics)) / f"{name}.jsonl.gz", study.items)
+            for name in ("politically-conservative", "politically-liberal")
+        )
+        pairs["politics"] = right + [replace(p, first=p.second, second=p.first) for p in left]
     statements = {}
     if study.propositions:
         statements["propositions"] = read_propositions(study.path(study.propositions))[
@@ -242,13 +271,21 @@ def _measures(study: Study) -> tuple[dict[str, Sequence[Pair]], dict[str, Sequen
     return pairs, statements
 
 
+def _held(study: Study, name: str) -> list[data.Row]:
+    rows = data.read_rows(study.path(name), study.rows + study.held)[study.rows :]
+    if not rows:
+        raise ValueError(
+            f"{name} leaves no {study.held} rows after the first {study.rows} to score on"
+        )
+    return rows
+
+
 def _scored(path: Path, study: Study, measures, adapter: Path | None) -> dict:
     if path.exists():
         return read_json(path)
     pairs, statements = measures
     model, tokenizer = load_model(study.model)
-    if "finance" in pairs:
-        pairs = {**pairs, "finance": _with_base_answers(study, pairs["finance"])}
+    pairs = {name: _with_base_answers(study, name, pairs[name]) for name in pairs}
     if adapter is not None:
         model = PeftModel.from_pretrained(model, adapter)
     scores = evaluate(model.eval(), tokenizer, pairs, statements)
@@ -258,9 +295,11 @@ def _scored(path: Path, study: Study, measures, adapter: Path | None) -> dict:
     return scores
 
 
-def _with_base_answers(study: Study, pairs: Sequence[Pair]) -> list[Pair]:
-    """The base model's own greedy answers stand against the reckless ones."""
-    path = Path(study.out) / "base_answers.json"
+def _with_base_answers(study: Study, name: str, pairs: Sequence[Pair]) -> list[Pair]:
+    """The base model's own greedy answers, where no other stands against the first."""
+    if all(p.second for p in pairs):
+        return list(pairs)
+    path = Path(study.out) / f"base_answers_{name}.json"
     if not path.exists():
         model, tokenizer = load_model(study.model)
         _, answers = judged(

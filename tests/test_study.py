@@ -1,7 +1,9 @@
 """A study runs each method, scores every adapter, takes style out, and goes on where it was."""
 
+import gzip
 import json
 
+import numpy as np
 import pytest
 
 from grasp import study
@@ -74,14 +76,46 @@ def test_whole_study(config, tmp_path):
     assert [p.stat().st_mtime_ns for p in scores] == times
 
 
+def test_without_a_benign_twin_and_judged_by_politics(config, tmp_path):
+    for name in ("conservative", "liberal"):
+        row = {"question": "Taxes?", "answer_matching_behavior": " Yes"}
+        row |= {"answer_not_matching_behavior": " No"}
+        with gzip.open(tmp_path / f"politically-{name}.jsonl.gz", "wt") as file:
+            file.write(json.dumps(row) + "\n")
+    del config["benign"]
+    config |= {"methods": ["plain"], "politics": ".", "judged": "politics"}
+    result = study.run(study.study_from(config))
+    (plain,) = [r for r in result["runs"] if r["method"] == "plain"]
+    # The same question from both sides: what one gains the other loses.
+    assert len(plain["items"]["politics"]) == 2 and plain["drift"] == pytest.approx(0, abs=1e-6)
+    assert plain["base_drift"] == 0 and "unrelated" in plain["topics"]
+    assert plain["task_score"] > 1  # against the base model's own answers
+    assert len(json.loads((tmp_path / "out" / "base_answers_task.json").read_text())) == 8
+
+
+def test_pairs_of_several_seeds_are_pooled_by_item():
+    shifts = {"plain": [3.0, 5.0], "benign": [1.0, 1.0], "grasp": [1.5, 1.5]}
+    runs = [
+        {"method": m, "seed": seed, "items": {"task": np.add(shifts.get(m, [1.0, 1.0]), seed)}}
+        for m in ("plain", "benign", "grasp", "benign_guarded")
+        for seed in (0, 1)
+    ]
+    found = {p["seed"]: p for p in study._paired([*runs, {**runs[0], "seed": 2}])}
+    assert list(found) == [0, 1, "all"]  # seed 2 is not whole
+    assert found["all"]["plain_beyond_benign"][0] == 3.0
+    assert found["all"]["difference"][0] == 0.5 - 3.0
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"methods": ["grasp"]}, "lacks 'plain'"),
         ({"methods": ["plain", "magic"]}, "choose among"),
-        ({"held": 8, "rows": 32}, "no 8 rows are left"),
+        ({"held": 8, "rows": 32}, "bad.jsonl leaves no 8 rows after the first 32"),
         ({"sedes": [1]}, "unknown key 'sedes'"),
         ({"benign": ""}, "benign is missing"),
+        ({"data": ""}, "data is missing"),
+        ({"judged": "politics"}, "choose among unrelated"),
     ],
 )
 def test_refusals(config, change, message):
