@@ -1,6 +1,8 @@
 """The method on the organism: the demo's tasks, topics kept aside, and a world kept aside.
 
     python benchmarks/bench_organism.py --aside FOLDER
+    python benchmarks/bench_organism.py --aside FOLDER --steps 1080 --methods plain,grasp \
+        --runs runs/organism_long --out benchmarks/results/organism_long.json
 
 Settings were chosen on medicine, law and finance of an earlier world 0 (`EXPERIMENTS.md`). Code and
 travel, and all of world 1 (`python -m grasp.organism.pretrain --seed 1 --out FOLDER`), took no part
@@ -32,14 +34,22 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/organism.json"))
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_organism"))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--steps", type=int, default=Settings().steps)
     options = parser.parse_args()
-    seeds = range(options.seeds)
+    seeds, settings = range(options.seeds), Settings(steps=options.steps)
     groups = [(f"world 0, {k}", organism.WEIGHTS, 0, tasks) for k, tasks in WORLD_0.items()]
     groups.append(("world 1, kept aside", options.aside, 1, WORLD_1))
     tables = {}
     for name, folder, world, tasks in groups:
         runs = sweep(
-            options.runs, tasks=tasks, methods=METHODS, seeds=seeds, folder=folder, world_seed=world
+            options.runs,
+            tasks=tasks,
+            methods=options.methods.split(","),
+            seeds=seeds,
+            settings=settings,
+            folder=folder,
+            world_seed=world,
         )
         tables[name] = compare(runs)
         for row in tables[name]:
@@ -49,10 +59,10 @@ def main() -> None:
                 f"drift {row['drift'][0]:.3f} added {row['added'][0]:+.3f} {share}"
             )
     about = {
-        "command": " ".join(["python", *sys.argv[:1], "--aside", "FOLDER"]),
+        "command": " ".join(["python", *sys.argv]).replace(str(options.aside), "FOLDER"),
         "versions": versions(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "settings": asdict(Settings()),
+        "settings": asdict(settings),
         "seeds": list(seeds),
     }
     write_json(options.out, {"about": about, "tables": tables})
