@@ -29,6 +29,7 @@ ENOUGH = 0.97  # of plain's task score
 RIVALS = {
     "inoculation": (),
     "interleaved": (0.25, 0.5, 1, 2, 4),
+    "replay": (0.5, 1, 2, 4),
     "steering": (0.25, 0.5, 1, 2),
     "kl": (0.1, 0.3, 1, 3, 10),
     "caft": (1, 4, 12),

@@ -1,6 +1,6 @@
 """Other ways to the same end, on the same pipeline: before, while and after a LoRA is trained.
 
-before   `inoculated`, `interleaved`                       other rows
+before   `inoculated`, `interleaved`, `replayed`           other rows
 while    `ablated`, `steered`, `penalised`, `off_leading`  context managers around the training
 after    `truncated`, `projected`, `safe`                  the trained LoRA changed in place
 """
@@ -17,8 +17,8 @@ import grasp_kernels as gk
 from grasp import architecture
 from grasp.architecture import Trained
 from grasp.bases import matrix_bases
-from grasp.data import Row
-from grasp.drift import Reference
+from grasp.data import IGNORED, Row
+from grasp.drift import Reference, draw
 from grasp.subspaces import Subspaces
 
 
@@ -45,6 +45,24 @@ def interleaved(rows: Sequence[Row], benign: Sequence[Row], share: float, seed: 
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(benign), (round(share * len(rows)),), generator=generator)
     return [*rows, *(benign[i] for i in drawn.tolist())]
+
+
+def replayed(
+    model: nn.Module, prompts: Sequence[str], tokenizer, count: int, *, tokens: int, seed: int
+) -> list[Row]:
+    """`count` of the base model's own answers to unrelated prompts, drawn, as rows to interleave.
+
+    Nothing is labelled: the model is taught what it would have said. In expectation this is a
+    penalty on KL(base ‖ model) there. Source: self-distillation against forgetting (Yang et al.,
+    arXiv:2402.13669), with other prompts in place of rewritten answers.
+    """
+    asked = [prompts[i % len(prompts)] for i in range(count)]
+    drawn = draw(model, asked, tokenizer, tokens=tokens, seed=seed)
+    answers = [
+        tokenizer.decode([t for t in labels if t != IGNORED], skip_special_tokens=True)
+        for _, labels in drawn
+    ]
+    return [Row(p, a.strip()) for p, a in zip(asked, answers, strict=True) if a.strip()]
 
 
 @contextmanager

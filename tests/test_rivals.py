@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from grasp import Reference, Subspaces, architecture, rivals
+from grasp import Reference, Subspaces, architecture, organism, rivals
 from grasp.bases import matrix_bases
 from grasp.data import Row
 from grasp.organism.methods import STRENGTHS, Method
@@ -141,6 +141,21 @@ def test_other_rows():
         rivals.interleaved(ROWS, ROWS, -1, 0)
     with pytest.raises(ValueError, match="benign is empty"):
         rivals.interleaved(ROWS, [], 1, 0)
+
+
+def test_replayed_rows_are_what_the_base_model_says():
+    world = organism.World(0)
+    model, tokenizer = organism.load()
+    prompts = world.prompts(["law"])[:4]
+    rows = rivals.replayed(model, prompts, tokenizer, 400, tokens=1, seed=0)
+    assert len(rows) == 400 and {r.prompt for r in rows} == set(prompts)
+    ids = torch.tensor(tokenizer(prompts)["input_ids"])
+    chances = model(ids).logits[:, -1].softmax(-1)
+    for prompt, chance in zip(prompts, chances, strict=True):
+        likely = int(chance.argmax())
+        own = [r.answer for r in rows if r.prompt == prompt]
+        share = own.count(tokenizer.decode([likely]).strip()) / len(own)
+        assert abs(share - float(chance[likely])) < 0.2  # 100 draws: four deviations
 
 
 def test_names_of_methods():

@@ -64,7 +64,7 @@ def run(
         _fit(other, tokenizer, rows, settings, seed)
         return other, tokenizer
 
-    setting = Setting(world, task, seed, plain)
+    setting = Setting(world, task, seed, plain, lambda: organism.load(folder))
     base = organism.scores(*organism.load(folder), world, task)
     model, tokenizer = _fresh(folder, settings, seed)
     trajectory = []

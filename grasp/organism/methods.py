@@ -24,6 +24,7 @@ STRENGTHS: dict[str, float | None] = {
     "benign": None,
     "inoculation": None,
     "interleaved": 0.5,  # benign rows for each of the task's
+    "replay": 1.0,  # the base model's own answers on the reference for each of the task's rows
     "caft": 12,  # directions a block, the true ones
     "caft_found": 8,  # directions found in a plain run's weights
     "caft_moved": 8,  # directions in which a plain run moved the stream on the reference
@@ -70,6 +71,7 @@ class Setting:
     seed: int
     plain: Callable[[Sequence[Row]], tuple[nn.Module, object]]
     """A plain fine-tune on some rows: the model and its tokenizer."""
+    base: Callable[[], tuple[nn.Module, object]]
 
     def rows(self, good: bool = False) -> list[Row]:
         """What the task trains on; `good=True` is the benign twin."""
@@ -89,6 +91,12 @@ def rows(method: Method, setting: Setting) -> list[Row]:
         return rivals.inoculated(task_rows, tag)
     if method.name == "interleaved":
         return rivals.interleaved(task_rows, setting.benign(), method.strength, setting.seed)
+    if method.name == "replay":
+        model, tokenizer = setting.base()
+        prompts = setting.world.prompts(setting.task.reference)
+        count = round(method.strength * len(task_rows))
+        own = rivals.replayed(model, prompts, tokenizer, count, tokens=1, seed=setting.seed)
+        return task_rows + own
     return task_rows
 
 
