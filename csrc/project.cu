@@ -9,8 +9,10 @@ namespace grasp {
 constexpr int BS = 32;
 constexpr int LARGEST_CLUSTER = 16;  // above 8 only where the device allows it
 
+// Two blocks on a multiprocessor are what shared memory is laid out for: registers for no more, so
+// that none is spilled.
 template <typename T, bool LEFT, int KP>
-__global__ void __launch_bounds__(THREADS) project_kernel(const __grid_constant__ Job job) {
+__global__ void __launch_bounds__(THREADS, 2) project_kernel(const __grid_constant__ Job job) {
   extern __shared__ __align__(16) char shared[];
   const int blocks = cluster_size();
   project_strips<T, LEFT, KP, BS>(job, shared, blockIdx.x / blocks, gridDim.x / blocks);
