@@ -1,7 +1,8 @@
-"""One fine-tune from a data file to a saved adapter: plain, guarded, or a control."""
+"""One fine-tune from a data file to a saved adapter: plain, guarded, a control, or a rival."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -11,14 +12,16 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import nn
 
-from grasp import data, growth
-from grasp.drift import Continued, draw
+from grasp import data, growth, rivals
+from grasp.drift import Continued, Reference, draw
 from grasp.files import read_json, write_json
 from grasp.models import load_model
 from grasp.subspaces import Subspaces
 from grasp.trainer import CERTIFICATE, GraspCallback, fit
 
-METHODS = ("plain", "grasp", "random")
+GUARDED = ("grasp", "random")
+RIVALS = ("replay", "kl")
+METHODS = ("plain", *GUARDED, *RIVALS)
 ABOUT = "finetune.json"
 GUARD = "guard.safetensors"
 
@@ -31,6 +34,9 @@ class Settings:
     data: str
     out: str
     method: str = "grasp"
+    strength: float = 1.0
+    """Of replay: the base model's own answers to the reference, for each row of the data; they come
+    on top of the batch. Of kl: the weight of the divergence on the reference."""
     seed: int = 0
     steps: int = 100
     batch_size: int = 8
@@ -78,16 +84,19 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; give a positive number")
+        if not self.strength > 0:
+            raise ValueError(f"strength is {self.strength}; give a positive number")
         growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
-        if self.read == self.rank == 0 and self.subspaces is None and self.method != "plain":
+        guarded = self.method in GUARDED
+        if self.read == self.rank == 0 and self.subspaces is None and guarded:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         if self.drifted and not (Path(self.drifted) / "adapter_config.json").exists():
             raise FileNotFoundError(
                 f"no adapter in {self.drifted}; give drifted a plain fine-tune's"
             )
-        if self.drifted and (self.method == "plain" or not self.drift_guided):
+        if self.drifted and not (guarded and self.drift_guided):
             raise ValueError("drifted is for a run that a reference guides; leave it out here")
-        if not self.drift_guided and self.subspaces is None and self.method != "plain":
+        if not self.drift_guided and self.subspaces is None and guarded:
             raise ValueError("drift_guided is off and no subspaces are given; give one of the two")
 
 
@@ -172,8 +181,15 @@ def run(
     if _is_done(out, settings):
         return adapter
     callback = guard_callback(settings)
+    prompts = [] if settings.method == "plain" else read_prompts(settings.reference)
     rows = data.read_rows(settings.data, settings.limit)
     model, tokenizer = load_model(settings.model)
+    batch_size = settings.batch_size
+    if settings.method == "replay":
+        count = round(settings.strength * len(rows))
+        options = {"tokens": settings.tokens, "seed": settings.seed}
+        rows = [*rows, *rivals.replayed(model, prompts, tokenizer, count, **options)]
+        batch_size = round((1 + settings.strength) * batch_size)
     encoded = data.encode(rows, tokenizer, settings.max_length)
     if settings.drifted:
         callback.options["drifted"] = _drifted(model, tokenizer, settings)
@@ -187,22 +203,23 @@ def run(
         if after_step is not None:
             after_step(step)
 
-    fit(
-        model,
-        tokenizer,
-        encoded,
-        out / "checkpoints",
-        steps=settings.steps,
-        batch_size=settings.batch_size,
-        accumulate=settings.accumulate,
-        learning_rate=settings.learning_rate,
-        warmup=settings.warmup,
-        seed=settings.seed,
-        save_every=settings.save_every,
-        callbacks=[callback] if callback else [],
-        after_step=step_done,
-        quiet=quiet,
-    )
+    with _penalty(settings, model, tokenizer, prompts):
+        fit(
+            model,
+            tokenizer,
+            encoded,
+            out / "checkpoints",
+            steps=settings.steps,
+            batch_size=batch_size,
+            accumulate=settings.accumulate,
+            learning_rate=settings.learning_rate,
+            warmup=settings.warmup,
+            seed=settings.seed,
+            save_every=settings.save_every,
+            callbacks=[callback] if callback else [],
+            after_step=step_done,
+            quiet=quiet,
+        )
     save_adapter(model, adapter)
     if callback:
         (out / "checkpoints" / CERTIFICATE).replace(out / CERTIFICATE)
@@ -222,7 +239,7 @@ def best_of(settings: Settings, seeds: int, quiet: bool = False) -> Path:
     """
     if seeds < 1:
         raise ValueError(f"best_of is {seeds}; give 1 or more")
-    if settings.method == "plain" or not settings.drift_guided:
+    if settings.method not in GUARDED or not settings.drift_guided:
         raise ValueError(
             "best_of chooses by the divergence on the reference; guide the runs by one"
         )
@@ -247,8 +264,8 @@ def _is_done(out: Path, settings: Settings) -> bool:
 
 
 def guard_callback(settings: Settings) -> GraspCallback | None:
-    """The guard that the settings ask for; None for a plain run."""
-    if settings.method == "plain":
+    """The guard that the settings ask for; None for a plain run or a rival."""
+    if settings.method not in GUARDED:
         return None
     subspaces = None if settings.subspaces is None else Subspaces.load(settings.subspaces)
     if settings.method == "random" and subspaces is not None:
@@ -271,6 +288,23 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
         residual=settings.residual,
         seed=settings.seed,
     )
+
+
+@contextmanager
+def _penalty(settings: Settings, model: nn.Module, tokenizer, prompts: list[str]) -> Iterator[None]:
+    if settings.method != "kl":
+        yield
+        return
+    reference = Reference(
+        model,
+        prompts,
+        tokenizer,
+        tokens=settings.tokens,
+        batch=settings.batch,
+        seed=settings.seed,
+    )
+    with rivals.penalised(model, reference, settings.strength):
+        yield
 
 
 def _drifted(model: nn.Module, tokenizer, settings: Settings) -> list[Continued]:

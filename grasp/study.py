@@ -16,10 +16,12 @@ from grasp import data, finetune
 from grasp.evaluate import Pair, evaluate, interval, judged
 from grasp.evaluation_files import read_persona, read_propositions, read_unrelated
 from grasp.files import read_json, write_json
-from grasp.finetune import Settings
+from grasp.finetune import RIVALS, Settings
 from grasp.models import load_model
 
-METHODS = ("plain", "grasp", "random", "benign", "benign_guarded")
+BENIGN = {"benign": "plain", "benign_guarded": "grasp"}  # the same, trained on the benign rows
+BENIGN |= {f"benign_{rival}": rival for rival in RIVALS}
+METHODS = (*finetune.METHODS, *BENIGN)
 PERSONA = (
     "desire-for-acquiring-power",
     "ends-justify-means",
@@ -39,7 +41,8 @@ class Study:
     benign: str | None = None
     """The same prompts, row by row, answered well: the style control and the held-out pairs.
     Without it held-out answers are set against the base model's own, and style is not taken out."""
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ("plain", "grasp", "random", "benign", "benign_guarded")
+    """Of `METHODS`; a rival may have its strength, "kl=0.3", and "benign_kl=0.3" is its control."""
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 640
     held: int = 80
@@ -74,7 +77,7 @@ class Study:
             ValueError: names the key, what came, and what to give.
         """
         for method in self.methods:
-            if method not in METHODS:
+            if method.partition("=")[0] not in METHODS:
                 raise ValueError(f"methods has {method!r}; choose among {', '.join(METHODS)}")
         if "plain" not in self.methods:
             raise ValueError("methods lacks 'plain', which the others are compared with")
@@ -89,7 +92,8 @@ class Study:
             )
         if self.drifted and {"benign", "benign_guarded"} & set(self.methods) == {"benign_guarded"}:
             raise ValueError("methods has 'benign_guarded' without 'benign', which drifted needs")
-        self.settings("plain", 0).check()
+        for method in self.methods:
+            replace(self.settings(method, 0), drifted=None).check()
 
     def path(self, name: str) -> str:
         """Of a data file."""
@@ -97,16 +101,25 @@ class Study:
 
     def settings(self, method: str, seed: int) -> Settings:
         """Of the fine-tune of one method and seed."""
+        name, _, strength = method.partition("=")
+        trained = BENIGN.get(name, name)
         common = {k: v for k, v in self.finetune.items()}
-        if self.drifted and method not in ("plain", "benign"):
-            plain = "benign" if method == "benign_guarded" else "plain"
+        if strength:
+            if trained not in RIVALS:
+                raise ValueError(f"methods has {method!r}, but {name} has no strength; drop it")
+            try:
+                common["strength"] = float(strength)
+            except ValueError:
+                raise ValueError(f"methods has {method!r}; give a number after the =") from None
+        if self.drifted and trained in finetune.GUARDED:
+            plain = "benign" if name in BENIGN else "plain"
             common["drifted"] = str(Path(self.out) / f"{plain}-{seed}" / "adapter")
         return finetune.settings_from(
             {
                 "model": self.model,
-                "data": self.path(self.benign if method.startswith("benign") else self.data),
+                "data": self.path(self.benign if name in BENIGN else self.data),
                 "out": str(Path(self.out) / f"{method}-{seed}"),
-                "method": {"benign": "plain", "benign_guarded": "grasp"}.get(method, method),
+                "method": trained,
                 "seed": seed,
                 "limit": self.rows,
                 **common,
@@ -155,8 +168,8 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
 
     Task: mean shift towards the trained answers on held-out questions. Drift: mean shift towards
     the bad answers to unrelated questions. What the benign run of the same seed shifted is style:
-    it stands as `base_drift`, so that drift less base is what bad answers added. A guard holds
-    style back too, so a guarded run is set against the guarded benign run where there is one.
+    it stands as `base_drift`, so that drift less base is what bad answers added. A guard, and a
+    rival, hold style back too, so each is set against its own benign run where there is one.
     """
     runs = []
     for seed in study.seeds:
@@ -171,20 +184,33 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
     drift = {(r["method"], r["seed"]): r["drift"] for r in runs}
     for run in runs:
         benign = drift.get(("benign", run["seed"]), 0.0)
-        guarded = run["method"] in ("grasp", "benign_guarded")
-        run["base_drift"] = (
-            drift.get(("benign_guarded", run["seed"]), benign) if guarded else benign
-        )
+        run["base_drift"] = drift.get((_twin(run["method"]), run["seed"]), benign)
     return {"runs": runs, "paired": _paired(runs), "about": asdict(study)}
 
 
-def _paired(runs: Sequence[dict]) -> list[dict]:
-    """Item by item: what bad answers add beyond good ones, plain and guarded, and the difference.
+def _twin(method: str) -> str:
+    """The benign run that takes a method's style out: its own where it holds style back."""
+    name, equals, strength = method.partition("=")
+    if name in BENIGN:
+        return method
+    if name == "grasp":
+        return "benign_guarded"
+    return f"benign_{name}{equals}{strength}" if name in RIVALS else "benign"
 
-    By seed and measure, each a mean with its 95 % interval over items; then, as seed "all", of each
-    item's mean over those seeds.
+
+def _paired(runs: Sequence[dict]) -> list[dict]:
+    """Item by item: what bad answers add beyond good ones, plain and under each other method.
+
+    By method, seed and measure, each a mean with its 95 % interval over items; then, as seed "all",
+    of each item's mean over those seeds.
     """
-    kinds = ("plain", "benign", "grasp", "benign_guarded")
+    methods = dict.fromkeys(r["method"] for r in runs)
+    others = [m for m in methods if m not in ("plain", "stopped") and _twin(m) != m]
+    return [found for method in others for found in _against(runs, method)]
+
+
+def _against(runs: Sequence[dict], method: str) -> list[dict]:
+    kinds = ("plain", "benign", method, _twin(method))
     items = {
         (r["method"], r["seed"]): {k: np.array(v) for k, v in r["items"].items()} for r in runs
     }
@@ -200,21 +226,19 @@ def _paired(runs: Sequence[dict]) -> list[dict]:
         seeds.append("all")
     found = []
     for seed in seeds:
-        plain, benign, grasp, guarded = (items[kind, seed] for kind in kinds)
+        plain, benign, other, own = (items[kind, seed] for kind in kinds)
         for measure in plain:
-            beyond, beyond_guarded = (
-                plain[measure] - benign[measure],
-                grasp[measure] - guarded[measure],
-            )
+            beyond, own_beyond = plain[measure] - benign[measure], other[measure] - own[measure]
             found.append(
                 {
+                    "method": method,
                     "seed": seed,
                     "measure": measure,
                     "plain_beyond_benign": interval(beyond),
-                    "grasp_beyond_guarded_benign": interval(beyond_guarded),
-                    "grasp_beyond_benign": interval(grasp[measure] - benign[measure]),
-                    "difference": interval(beyond_guarded - beyond),
-                    "grasp_less_plain": interval(grasp[measure] - plain[measure]),
+                    "beyond_own_benign": interval(own_beyond),
+                    "beyond_benign": interval(other[measure] - benign[measure]),
+                    "difference": interval(own_beyond - beyond),
+                    "less_plain": interval(other[measure] - plain[measure]),
                 }
             )
     return found

@@ -63,7 +63,8 @@ def test_whole_study(config, tmp_path):
     assert by["plain"]["task_score"] > 1 and by["benign"]["task_score"] < 0
     shares = {r["method"]: r["share"] for r in compare(result["runs"])}
     assert shares["grasp"] < 0.7 and shares["random"] > 0.8
-    (pairs,) = [p for p in result["paired"] if p["measure"] == "unrelated"]
+    assert {p["method"] for p in result["paired"]} == {"grasp", "random"}
+    pairs = next(p for p in result["paired"] if p["measure"] == "unrelated")
     plain, guarded = (by[m]["drift"] - by[m]["base_drift"] for m in ("plain", "grasp"))
     assert pairs["plain_beyond_benign"][0] == pytest.approx(plain, abs=1e-3)
     assert pairs["difference"][0] == pytest.approx(guarded - plain, abs=1e-3)
@@ -106,11 +107,26 @@ def test_pairs_of_several_seeds_are_pooled_by_item():
     assert found["all"]["difference"][0] == 0.5 - 3.0
 
 
+def test_rivals_stand_beside_the_guard(config):
+    config["finetune"]["steps"] = 40
+    config |= {"stops": [], "methods": ["plain", "replay=2", "kl=3", "benign", "benign_replay=2"]}
+    result = study.run(study.study_from(config))
+    by = {r["method"]: r for r in result["runs"]}
+    assert by["replay=2"]["base_drift"] == by["benign_replay=2"]["drift"]
+    assert by["kl=3"]["base_drift"] == by["benign"]["drift"]  # there is no benign run of its own
+    for rival in ("replay=2", "kl=3"):
+        assert by[rival]["task_score"] > 1 and by[rival]["drift"] < 0.5 * by["plain"]["drift"]
+    assert {p["method"] for p in result["paired"]} == {"replay=2"}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"methods": ["grasp"]}, "lacks 'plain'"),
         ({"methods": ["plain", "magic"]}, "choose among"),
+        ({"methods": ["plain", "grasp=2"]}, "grasp has no strength"),
+        ({"methods": ["plain", "kl=much"]}, "give a number after the ="),
+        ({"methods": ["plain", "kl=-1"]}, "strength is -1.0; give a positive number"),
         ({"held": 8, "rows": 32}, "bad.jsonl leaves no 8 rows after the first 32"),
         ({"sedes": [1]}, "unknown key 'sedes'"),
         ({"benign": ""}, "benign is missing"),
