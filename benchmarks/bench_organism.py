@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--aside", type=Path, required=True, help="weights of world 1")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/organism.json"))
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_organism"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--steps", type=int, default=Settings().steps)
     options = parser.parse_args()
