@@ -393,7 +393,7 @@ def _options(config: Path | None, given: dict[str, Any], assignments: list[str] 
 
 def _show(runs: list[dict]) -> None:
     from grasp.compare import compare as summarise
-    from grasp.report import NAMES
+    from grasp.report import name
 
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("task", "method", "seeds", "task score", "drift", "added", "share"):
@@ -405,7 +405,7 @@ def _show(runs: list[dict]) -> None:
             table.add_section()
         table.add_row(
             row["task"] if row["task"] != last else "",
-            NAMES.get(row["method"], row["method"]),
+            name(row["method"]),
             str(row["seeds"]),
             f"{row['task_score'][0]:.3f}",
             f"{row['drift'][0]:.3f}",

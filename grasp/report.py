@@ -21,6 +21,8 @@ COLOURS = {
     "grasp": "#1f7a4d",
     "benign": "#3b6fb6",
     "benign_guarded": "#7aa6dd",
+    "replay": "#8e44ad",
+    "kl": "#c2a05b",
 }
 NAMES = {
     "plain": "plain LoRA",
@@ -29,6 +31,10 @@ NAMES = {
     "grasp": "GRASP",
     "benign": "good answers",
     "benign_guarded": "good, guarded",
+    "replay": "replay",
+    "kl": "KL penalty",
+    "benign_replay": "good, replay",
+    "benign_kl": "good, KL penalty",
 }
 
 
@@ -61,13 +67,23 @@ def report(runs: Sequence[dict], path: Path | str, title: str = "GRASP", notes: 
         for task in tasks
     ]
     environment = Environment(loader=PackageLoader("grasp", "assets"), autoescape=True)
-    environment.filters["name"] = lambda method: NAMES.get(method, method)
+    environment.filters |= {"name": name, "colour": _colour}
     page = environment.get_template("report.html.j2").render(
         title=title, notes=notes, sections=sections, colours=COLOURS
     )
     path = write_text(path, page)
     write_json(path.parent / "results.json", {"runs": list(runs), "summary": rows})
     return path
+
+
+def name(method: str) -> str:
+    """Of a method for people, with its strength, or the step that it was stopped at: "kl=0.3"."""
+    stem, _, strength = method.partition("=")
+    return NAMES.get(stem, stem) + (f", {strength}" if strength else "")
+
+
+def _colour(method: str) -> str:
+    return COLOURS.get(method.partition("=")[0], "#555555")
 
 
 def _verdict(rows: list[dict]) -> str:
@@ -89,7 +105,7 @@ def _frontier(runs: list[dict]) -> str:
         mine = [r for r in runs if r["method"] == method]
         task = np.array([r["task_score"] for r in mine])
         added = np.array([r["drift"] - r["base_drift"] for r in mine])
-        colour = COLOURS.get(method, "#555555")
+        colour = _colour(method)
         axes.scatter(task, added, s=16, alpha=0.45, color=colour)
         axes.errorbar(
             task.mean(),
@@ -100,7 +116,7 @@ def _frontier(runs: list[dict]) -> str:
             ms=8,
             capsize=3,
             color=colour,
-            label=NAMES.get(method, method),
+            label=name(method),
         )
     axes.axhline(0, color="#999999", lw=0.8, ls=":")
     axes.set(xlabel="task score (right is better)", ylabel="added drift (down is better)")
@@ -131,8 +147,8 @@ def _topics(runs: list[dict]) -> str:
         mine = [r for r in runs if r["method"] == method]
         values = [np.mean([_added(r, t) for r in mine]) for t in topics]
         places = np.arange(len(topics)) + n * height
-        colour = COLOURS.get(method, "#555555")
-        axes.barh(places, values, height * 0.9, color=colour, label=NAMES.get(method, method))
+        colour = _colour(method)
+        axes.barh(places, values, height * 0.9, color=colour, label=name(method))
     axes.set_yticks(np.arange(len(topics)) + 0.4 - height / 2, topics)
     axes.invert_yaxis()
     axes.axvline(0, color="#999999", lw=0.8)

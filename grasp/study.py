@@ -177,14 +177,16 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
             folder = Path(study.out) / f"{method}-{seed}"
             found = [(method, None, folder / "scores.json")]
             if method == "plain":
-                found += [("stopped", s, folder / f"scores-{s}.json") for s in study.stops]
+                found += [(f"stopped={s}", s, folder / f"scores-{s}.json") for s in study.stops]
             for name, step, path in found:
                 if path.exists():
                     runs.append(_shifts(study, base, read_json(path), name, seed, step))
-    drift = {(r["method"], r["seed"]): r["drift"] for r in runs}
+    by = {(r["method"], r["seed"]): r for r in runs}
     for run in runs:
-        benign = drift.get(("benign", run["seed"]), 0.0)
-        run["base_drift"] = drift.get((_twin(run["method"]), run["seed"]), benign)
+        benign = by.get(("benign", run["seed"]), {"drift": 0.0, "topics": {}})
+        own = by.get((_twin(run["method"]), run["seed"]), benign)
+        run["base_drift"] = own["drift"]
+        run["base_topics"] = {k: v[0] for k, v in own["topics"].items()}
     return {"runs": runs, "paired": _paired(runs), "about": asdict(study)}
 
 
@@ -205,8 +207,8 @@ def _paired(runs: Sequence[dict]) -> list[dict]:
     of each item's mean over those seeds.
     """
     methods = dict.fromkeys(r["method"] for r in runs)
-    others = [m for m in methods if m not in ("plain", "stopped") and _twin(m) != m]
-    return [found for method in others for found in _against(runs, method)]
+    others = [m for m in methods if m.partition("=")[0] not in ("plain", "stopped")]
+    return [found for m in others if _twin(m) != m for found in _against(runs, m)]
 
 
 def _against(runs: Sequence[dict], method: str) -> list[dict]:

@@ -54,8 +54,8 @@ def config(tmp_path):
 def test_whole_study(config, tmp_path):
     result = study.run(study.study_from(config))
     by = {r["method"]: r for r in result["runs"]}
-    assert set(by) == {"plain", "stopped", "grasp", "random", "benign", "benign_guarded"}
-    assert by["stopped"]["step"] == 10
+    assert set(by) == {"plain", "stopped=10", "grasp", "random", "benign", "benign_guarded"}
+    assert by["stopped=10"]["step"] == 10
     guarded = ("grasp", "benign_guarded")
     for method, r in by.items():
         style = by["benign_guarded" if method in guarded else "benign"]
