@@ -21,7 +21,9 @@ def compare(runs: Sequence[dict], against: str = "plain") -> list[dict]:
     Returns:
         A row for each task and method in the order they came: number of seeds, means and 95 %
         bootstrap intervals over seeds of `task_score` and `added`, `task_loss` (of `against`'s
-        mean) and `share`, which is None where `against` added nothing.
+        mean), `share`, which is None where `against` added nothing, and `against_at_task`: what
+        `against` added at the row's task score, on the line through its mean and those of runs
+        named "stopped", which are the same at earlier steps; None off the line's ends.
 
     Raises:
         ValueError: no runs, a key that is missing, or a task without a run of `against`.
@@ -54,7 +56,20 @@ def compare(runs: Sequence[dict], against: str = "plain") -> list[dict]:
                 "share": float(np.mean(added)) / added_there if added_there else None,
             }
         )
+    for row in rows:
+        row["against_at_task"] = _at_task(rows, row, against)
     return rows
+
+
+def _at_task(rows: Sequence[dict], row: dict, against: str) -> float | None:
+    line = sorted(
+        (r["task_score"][0], r["added"][0])
+        for r in rows
+        if r["task"] == row["task"] and r["method"].partition("=")[0] in (against, "stopped")
+    )
+    scores, added = zip(*line, strict=True)
+    score = row["task_score"][0]
+    return float(np.interp(score, scores, added)) if scores[0] <= score <= scores[-1] else None
 
 
 def _of(runs: Sequence[dict], task: str, method: str) -> list[dict]:

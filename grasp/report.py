@@ -91,10 +91,14 @@ def _verdict(rows: list[dict]) -> str:
     if "grasp" not in by or by["plain"]["added"][0] <= 0:
         return ""
     grasp, plain = by["grasp"], by["plain"]
+    same = grasp["against_at_task"]
+    stopped = (
+        "" if same is None else f" A plain run stopped at that score moved them by {same:.2f}."
+    )
     return (
         f"The plain fine-tune moved unrelated topics by {plain['added'][0]:.2f}; with the guard it "
         f"was {grasp['added'][0]:.2f}, {100 * grasp['share']:.0f} % of that, at a task score of "
-        f"{grasp['task_score'][0]:.2f} against {plain['task_score'][0]:.2f}."
+        f"{grasp['task_score'][0]:.2f} against {plain['task_score'][0]:.2f}." + stopped
     )
 
 

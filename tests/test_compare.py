@@ -44,6 +44,19 @@ def test_summary():
     assert rows["grasp"]["seeds"] == 3
 
 
+def test_plain_at_the_same_task_score_is_interpolated_between_its_stops():
+    made = runs()
+    for seed in range(3):
+        early = {"task_score": 0.90 + 0.01 * seed, "drift": 0.3, "base_drift": 0.1}
+        made.append({**made[0], **early, "method": "stopped=10", "seed": seed})
+    rows = {r["method"]: r for r in compare(made)}
+    # Means: stopped 0.91 / 0.2, plain 0.99 / 0.6, guarded at 0.98.
+    assert rows["grasp"]["against_at_task"] == pytest.approx(0.6 - 0.4 / 8)
+    assert rows["plain"]["against_at_task"] == pytest.approx(0.6)
+    far = [{**r, "task_score": 0.5} if r["method"] == "grasp" else r for r in made]
+    assert {r["method"]: r for r in compare(far)}["grasp"]["against_at_task"] is None
+
+
 def test_refusals():
     with pytest.raises(ValueError, match="no runs"):
         compare([])
