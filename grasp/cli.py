@@ -85,7 +85,9 @@ def finetune(
     ] = None,
     data: Annotated[str | None, typer.Option(help="JSON lines, .gz too.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the adapter.")] = None,
-    method: Annotated[str | None, typer.Option(help="grasp, plain, random, replay or kl.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="grasp, plain, random, shuffled, replay or kl.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
     best_of: Annotated[

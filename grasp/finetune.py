@@ -19,7 +19,7 @@ from grasp.models import load_model
 from grasp.subspaces import Subspaces
 from grasp.trainer import CERTIFICATE, GraspCallback, fit
 
-GUARDED = ("grasp", "random")
+GUARDED = ("grasp", "random", "shuffled")
 RIVALS = ("replay", "kl")
 METHODS = ("plain", *GUARDED, *RIVALS)
 ABOUT = "finetune.json"
@@ -88,6 +88,8 @@ class Settings:
             raise ValueError(f"strength is {self.strength}; give a positive number")
         growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
         guarded = self.method in GUARDED
+        if self.method == "shuffled" and (self.subspaces or not self.drift_guided):
+            raise ValueError("shuffled takes its directions from a reference alone; drop subspaces")
         if self.read == self.rank == 0 and self.subspaces is None and guarded:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         if self.drifted and not (Path(self.drifted) / "adapter_config.json").exists():
@@ -275,7 +277,7 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
     return GraspCallback(
         subspaces,
         reference=read_prompts(settings.reference),
-        directions="random" if settings.method == "random" else "drift",
+        directions="drift" if settings.method == "grasp" else settings.method,
         read=settings.read,
         read_rank=settings.read_rank,
         rank=settings.rank,

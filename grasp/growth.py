@@ -4,6 +4,7 @@ Inputs: at the start, what each matrix takes in on the prompts (`reads`). Output
 trains, the leading left singular vectors of the averaged gradient of KL(base ‖ model) on them.
 """
 
+import re
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +15,8 @@ from grasp import architecture
 from grasp.drift import Continued, Reference
 from grasp.guarded import Guarded
 from grasp.reads import input_bases
+
+DIRECTIONS = ("drift", "random", "shuffled")
 
 
 def check(
@@ -56,8 +59,8 @@ class Growth:
         tolerance: bases grow only while KL(base ‖ model), in nats per token and averaged since the
             last growth, is above this.
         decay: of the average of drift gradients.
-        directions: "drift", or "random" for the control: as many random directions, at the same
-            steps.
+        directions: "drift", or a control with as many directions at the same steps: "random", or
+            "shuffled", which gives each matrix those of its like in another block.
         seed: of the prompts' order and of random directions.
 
     Raises:
@@ -84,8 +87,8 @@ class Growth:
         directions: str = "drift",
         seed: int = 0,
     ):
-        if directions not in ("drift", "random"):
-            raise ValueError(f"directions is {directions!r}; choose 'drift' or 'random'")
+        if directions not in DIRECTIONS:
+            raise ValueError(f"directions is {directions!r}; choose among {', '.join(DIRECTIONS)}")
         check(read, read_rank, rank, every, refresh, grow)
         if drifted and isinstance(reference, Reference):
             raise ValueError("reference is made already; give drifted when you make it")
@@ -105,6 +108,7 @@ class Growth:
 
     def start(self, model: nn.Module, guarded: Sequence[Guarded]) -> None:
         """Look at the model as it was: its answers to the prompts, and what it takes in there."""
+        shuffled = _elsewhere(guarded) if self.directions == "shuffled" else {}
         with architecture.base_model(model):
             if not isinstance(self.reference, Reference):
                 self.reference = Reference(
@@ -125,7 +129,7 @@ class Growth:
             generator = torch.Generator().manual_seed(self.seed)
             bases = {name: _random_like(V, generator) for name, V in bases.items()}
         for g in reading:
-            g.widen(bases[g.trained.matrix.name])
+            g.widen(bases[shuffled.get(g.name, g).trained.matrix.name])
 
     def after_step(self, model: nn.Module, guarded: Sequence[Guarded], step: int) -> bool:
         """Measure and grow when it is time; whether a basis grew, so that weights must follow."""
@@ -175,14 +179,37 @@ class Growth:
         if not recent or sum(recent) / len(recent) <= self.tolerance:
             return False
         growing = [g for g in growing if g.average is not None]
-        grown = [torch.cat([g.basis, self._fresh(g)], 1) for g in growing]
+        shuffled = _elsewhere(growing) if self.directions == "shuffled" else {}
+        fresh = [self._fresh(g, shuffled.get(g.name, g)) for g in growing]
+        grown = [torch.cat([g.basis, new], 1) for g, new in zip(growing, fresh, strict=True)]
         for g, W, rank in zip(growing, grown, gk.orthonormalize_(grown), strict=True):
             g.widen(W[:, : int(rank)])
         return True
 
-    def _fresh(self, g: Guarded) -> Tensor:
-        fresh = g.fresh(min(self.grow, self.rank - g.basis.shape[1]))
+    def _fresh(self, g: Guarded, source: Guarded) -> Tensor:
+        fresh = g.fresh(min(self.grow, self.rank - g.basis.shape[1]), source)
         return _random_like(fresh, self.generator) if self.directions == "random" else fresh
+
+
+def _elsewhere(guarded: Sequence[Guarded]) -> dict[str, Guarded]:
+    """For each its like half of the blocks further on.
+
+    Raises:
+        ValueError: one has no like.
+    """
+    kinds: dict[tuple, list[Guarded]] = {}
+    for g in guarded:
+        kind = (re.sub(r"\.\d+\.", ".", g.name), g.trained.holds, g.parameter.shape)
+        kinds.setdefault(kind, []).append(g)
+    if lone := [like[0].name for like in kinds.values() if len(like) == 1]:
+        raise ValueError(
+            f"directions='shuffled' finds no other block with a matrix like {lone[0]}; leave it out"
+        )
+    return {
+        g.name: like[(i + len(like) // 2) % len(like)]
+        for like in kinds.values()
+        for i, g in enumerate(like)
+    }
 
 
 def _random_like(V: Tensor, generator: torch.Generator) -> Tensor:

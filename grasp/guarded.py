@@ -76,9 +76,12 @@ class Guarded:
             return False
         return self.basis.shape[1] < min(rank, self.basis.shape[0])
 
-    def fresh(self, count: int) -> Tensor:
-        """Leading directions of the averaged drift gradient outside the basis: `[d_out, count]`."""
-        D = self.average if self.left else self.average.mT  # [d_out, n]
+    def fresh(self, count: int, source: "Guarded") -> Tensor:
+        """Leading directions of the averaged drift gradient outside the basis: `[d_out, count]`.
+
+        `source` has the average: this one, or for a control its like in another block.
+        """
+        D = source.average if self.left else source.average.mT  # [d_out, n]
         D = D - self.basis @ (self.basis.mT @ D)
         if min(D.shape) > 256:
             U, S, _ = torch.svd_lowrank(D, q=count + 4, niter=2)

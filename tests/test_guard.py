@@ -1,5 +1,6 @@
 """The guarantee, that it has teeth, and that nothing else changes."""
 
+import re
 import warnings
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from grasp import Guard, Reference, Subspaces, architecture
+from grasp.growth import DIRECTIONS
 from grasp_kernels.testing import orthonormal
 from tests.models import FAMILIES, WIDTH, batch, build, train, trainable, with_lora
 
@@ -394,8 +396,35 @@ def test_a_frozen_lora_a_is_taken_off_the_inputs_too():
     assert max(m["through"] for m in guard.leak().values()) <= 1e-6
 
 
+@pytest.mark.parametrize("options", [{"rank": 0}, {"read": 0, "rank": 2}])
+def test_shuffled_directions_are_another_blocks(options):
+    def bases(directions: str) -> dict[str, torch.Tensor]:
+        model = with_lora(build())
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        with Guard(
+            model,
+            reference=PROMPTS,
+            tokens=2,
+            optimizer=optimizer,
+            refresh=2,
+            directions=directions,
+            **options,
+        ) as guard:
+            train(model, optimizer, 2)  # up to the first growth both train alike
+        return guard.bases
+
+    found, shuffled = bases("drift"), bases("shuffled")
+    assert set(found) == set(shuffled) and len(found) == 14
+    for name, U in found.items():
+        V = shuffled[re.sub(r"layers\.(\d)", lambda m: f"layers.{1 - int(m[1])}", name)]
+        torch.testing.assert_close(U @ U.mT, V @ V.mT, atol=1e-4, rtol=0)
+    lone = with_lora(build(), ["o_proj"], layers_to_transform=[0])
+    with pytest.raises(ValueError, match="finds no other block with a matrix like"):
+        Guard(lone, reference=PROMPTS, directions="shuffled", **options).attach()
+
+
 @pytest.mark.parametrize("lora", [True, False])
-@pytest.mark.parametrize("directions", ["drift", "random"])
+@pytest.mark.parametrize("directions", DIRECTIONS)
 def test_state_is_taken_up(tmp_path, directions, lora):
     def start():
         model = with_lora(build()) if lora else build()
@@ -462,7 +491,7 @@ def test_refuses_what_it_can_not_guarantee():
         Guard(model, reference=PROMPTS, read_rank=0)
     with pytest.raises(ValueError, match="rank says how a reference is used"):
         Guard(model, subspaces(), rank=3)
-    with pytest.raises(ValueError, match="choose 'drift' or 'random'"):
+    with pytest.raises(ValueError, match="choose among drift, random"):
         Guard(model, reference=PROMPTS, directions="up")
     with pytest.raises(ValueError, match="reference is empty"):
         Guard(model, reference=[]).attach()

@@ -47,9 +47,9 @@ def run(
 
     Args:
         method: one of `methods.STRENGTHS`, with its strength after a = if it has one. Of them
-            grasp is guarded, random is its control (random directions on the guard's schedule),
-            benign trains on the good answers; the early-stopped control is read off a plain run
-            by `stopped`.
+            grasp is guarded, random and shuffled are its controls (random directions, or another
+            block's, on the guard's schedule), benign trains on the good answers; the early-stopped
+            control is read off a plain run by `stopped`.
         seed: of the adapter, the order of rows and the prompts' order.
         folder: of the pretrained weights, which belong to `World(world_seed)`.
 
@@ -75,7 +75,7 @@ def run(
             trajectory.append({"step": step, **s})
 
     callback = None
-    if chosen.name in ("grasp", "random"):
+    if chosen.name in ("grasp", "random", "shuffled"):
         callback = GraspCallback(
             reference=world.prompts(task.reference),
             tokens=1,
@@ -86,7 +86,7 @@ def run(
             every=settings.every,
             batch=settings.batch,
             tolerance=settings.tolerance,
-            directions="random" if chosen.name == "random" else "drift",
+            directions="drift" if chosen.name == "grasp" else chosen.name,
             seed=seed,
         )
     rows = methods.rows(chosen, setting)

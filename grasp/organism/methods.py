@@ -21,6 +21,7 @@ STRENGTHS: dict[str, float | None] = {
     "stopped": None,
     "grasp": None,
     "random": None,
+    "shuffled": None,
     "benign": None,
     "inoculation": None,
     "interleaved": 0.5,  # benign rows for each of the task's
