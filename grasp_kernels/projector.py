@@ -149,12 +149,11 @@ class Projector:
 
     def _place(self, Ts: list[Tensor], pointers: tuple[int, ...]) -> list:
         """Tables for tensors at these addresses, kept for the next time they lie there."""
-        if (layout := _layout_of(Ts)) != self._layout:
+        if _layout_of(Ts) != self._layout:
             raise ValueError(
                 "a tensor of this projector has changed its shape, dtype or device; make a new one"
             )
         check_distinct(Ts)
-        self._layout = layout
         places = [
             laid.launch.places(tuple(pointers[i] + at for i, at in laid.members for _ in range(2)))
             for laid in self._laid
