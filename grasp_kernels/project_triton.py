@@ -279,7 +279,8 @@ def tiling(code: int, left: bool, KP: int, widest: int) -> dict:
     """
     half = code in (CODES[torch.bfloat16], CODES[torch.float16])
     BS = 32 if half and widest > 16 else 16
-    BD = 64 if KP <= 32 and code != MIXED else 32
+    widest_rank = {MIXED: 0, CODES[torch.float32]: 16 if left else 32}.get(code, 32)
+    BD = 64 if KP <= widest_rank else 32
     sizes = {"KP": KP, "BS": BS, "BD": BD}
     # All the registers there are: left to itself the assembler spills some to run more programs.
     return {"CODE": code, "LEFT": left, **sizes, "num_warps": 4, "maxnreg": 255}

@@ -1,6 +1,9 @@
 """Compile every configuration of every Triton kernel for every architecture, without a GPU.
 
 python -m tests.aot [ARCH ...]        prints one JSON object for each
+
+Each release of Triton has its own assembler. Another one than is installed:
+pip install --no-deps --target FOLDER triton==3.6.0; PYTHONPATH=FOLDER python -m tests.aot
 """
 
 import json
