@@ -1,13 +1,18 @@
 """Every rival against GRASP on the organism: task score and added drift, each swept.
 
-    python benchmarks/bench_rivals.py [--seeds 3] [--tasks code,medicine,finance]
+    python benchmarks/bench_rivals.py --seeds 1
+    python benchmarks/bench_rivals.py --chosen benchmarks/results/rivals.json --first 1 --seeds 5 \
+        --out benchmarks/results/rivals_fresh.json
 
 `best` is a method's least added drift among its settings with at least 97 % of plain's task score
-on average; a method that reaches that with none has none. All runs are kept in `--runs`, so a
-killed sweep goes on. What each strength means: `grasp/organism/methods.py`.
+on average; a method that reaches that with none has none. The second command takes from the first
+each method's best setting on medicine, unchanged, to seeds that had no part in the choice, and to
+the other tasks. All runs are kept in `--runs`, so a killed sweep goes on. What each strength means:
+`grasp/organism/methods.py`.
 """
 
 import argparse
+import json
 import platform
 import sys
 from collections.abc import Sequence
@@ -41,25 +46,39 @@ RIVALS = {
     "safe_lora": (0.3, 0.5, 0.7),
 }
 GRASP = ((0.8, 4), (0.9, 4), (0.95, 0), (0.95, 4), (0.95, 8), (0.99, 4))  # read, rank
+CONTROLS = ("plain", "stopped", "random")
 
 
-def runs_of(options: argparse.Namespace) -> list[dict]:
-    tasks = options.tasks.split(",")
-    common = {
-        "tasks": tasks,
-        "seeds": range(options.seeds),
-        "folder": options.folder,
-        "world_seed": options.world,
-    }
+def swept() -> list[str]:
+    """Every setting of every method, as `name=strength`."""
     rivals = [
         f"{name}={strength:g}" if strengths else name
         for name, strengths in RIVALS.items()
         for strength in strengths or (0,)
     ]
-    found = sweep(options.runs, methods=["plain", "stopped", "random", *rivals], **common)
-    for read, rank in GRASP:
-        settings = replace(Settings(), read=read, rank=rank)
-        name = f"grasp={read:g},{rank}"
+    return [*CONTROLS, *rivals, *(f"grasp={read:g},{rank}" for read, rank in GRASP)]
+
+
+def chosen(path: Path) -> list[str]:
+    """Each method's best setting on medicine in the results of a sweep."""
+    found = [f for f in json.loads(path.read_text())["best"] if f["task"] == "medicine"]
+    if none := [f["method"] for f in found if not f["best"]]:
+        print(f"no setting has enough of the task, left out: {', '.join(none)}")
+    best = [f["best"]["method"] for f in found if f["best"]]
+    return [*CONTROLS, *(method for method in best if method not in CONTROLS)]
+
+
+def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[dict]:
+    common = {
+        "tasks": options.tasks.split(","),
+        "seeds": range(options.first, options.first + options.seeds),
+        "folder": options.folder,
+        "world_seed": options.world,
+    }
+    found = sweep(options.runs, methods=[m for m in methods if m[:6] != "grasp="], **common)
+    for name in (m for m in methods if m[:6] == "grasp="):
+        read, rank = name[6:].split(",")
+        settings = replace(Settings(), read=float(read), rank=int(rank))
         kept = sweep(options.runs / name, methods=["grasp"], settings=settings, **common)
         found += [{**r, "method": name} for r in kept]
     return found
@@ -108,7 +127,9 @@ def draw(rows: Sequence[dict], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--tasks", default="code,medicine,finance")
+    parser.add_argument("--first", type=int, default=0, help="seed")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--chosen", type=Path, help="results whose best settings alone are run")
     parser.add_argument("--folder", type=Path, default=organism.WEIGHTS, help="of the weights")
     parser.add_argument(
         "--world", type=int, default=0, help="the seed that drew the folder's world"
@@ -116,7 +137,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/rivals.json"))
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_rivals"))
     options = parser.parse_args()
-    rows = compare(runs_of(options))
+    methods = chosen(options.chosen) if options.chosen else swept()
+    rows = compare(runs_of(options, methods))
     found = best(rows)
     for f in found:
         row = f["best"]
@@ -132,7 +154,7 @@ def main() -> None:
         "versions": versions(),
         "machine": platform.machine(),
         "settings": asdict(Settings()),
-        "seeds": options.seeds,
+        "seeds": [options.first, options.first + options.seeds - 1],
         "world": options.world,
         "enough": ENOUGH,
     }
