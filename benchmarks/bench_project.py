@@ -85,10 +85,12 @@ def lists(device: torch.device, quick: bool) -> list[dict]:
         if device.type != "cuda":
             blocks = 2
         maps = [*block, DOWN[name]] * blocks
-        for side, widths in (("left", [o for o, _ in maps]), ("right", [i for _, i in maps])):
+        outputs, inputs = zip(*maps, strict=True)
+        # A few directions of outputs, and as many of inputs as a real model's bases have.
+        for side, widths, k in (("left", outputs, 8), ("right", inputs, 8), ("right", inputs, 160)):
             shape = (lambda d: (d, 16)) if side == "left" else (lambda d: (16, d))
             Ts = [torch.randn(shape(d), device=device) for d in widths]
-            bases = {d: orthonormal(d, 8).to(device) for d in set(widths)}
+            bases = {d: orthonormal(d, k).to(device) for d in set(widths)}
             Us = [bases[d].clone() for d in widths]
             one = torch.ones((), device=device)
 
@@ -105,7 +107,7 @@ def lists(device: torch.device, quick: bool) -> list[dict]:
             times = timed(runs, device, 20 if device.type == "cuda" else 5)
             rows.append(
                 {
-                    "list": f"{name} {side}, {len(Ts)} factors, r = 16, k = 8, fp32",
+                    "list": f"{name} {side}, {len(Ts)} factors, r = 16, k = {k}, fp32",
                     "ms": times["ours"],
                     "host_us": host_time(runs["ours"], 20),
                     "over": {n: t / times["ours"] for n, t in times.items() if n != "ours"},

@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import torch
 
 BACKENDS = ("cuda", "triton", "reference")  # fastest first
-LARGEST_K = 64  # of a launch of the fast backends
+LARGEST_K = 64  # in the CUDA library, and of what Triton orthonormalises
 LONGEST = 11_000  # d of a matrix that the CUDA library orthonormalises: in 99 KiB on every device
 _override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
 
@@ -103,11 +103,9 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
         return "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:
         return f"fp64 {list(odd[0].shape)} would lose precision in it"
-    if (k := tensors[-1].shape[-1]) > LARGEST_K:
-        if name == "cuda" or op == "orthonormalize_":
-            return f"k = {k} is above {LARGEST_K}"
-        if tensors[0].element_size() < 4:
-            return f"k = {k} is above {LARGEST_K}: {tensors[0].dtype} would be rounded repeatedly"
+    k = tensors[-1].shape[-1]
+    if k > LARGEST_K and (name == "cuda" or op == "orthonormalize_"):
+        return f"k = {k} is above {LARGEST_K}"
     if name == "cuda" and op == "orthonormalize_" and tensors[0].shape[0] > LONGEST:
         return f"d = {tensors[0].shape[0]} is above {LONGEST}, a column in shared memory"
     return None

@@ -6,7 +6,7 @@
 `C` absent means 0: that projects a gradient. `C = T₀ V` pins a weight to what `T₀` does on V.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Literal
 
@@ -193,11 +193,7 @@ def _project_body(
     for name, chosen in chosen_backends(op, Ts, bases).items():
         run = dispatch.implementation("project", name) or _project_each
         some_Cs = [Cs[i] for i in chosen] if Cs else []
-        given = ([these[i] for i in chosen] for these in (Ts, outs, bases))
-        if run is _project_each:
-            run(*given, some_Cs, left)
-        else:
-            _in_parts(run, *given, some_Cs, left)
+        run(*([these[i] for i in chosen] for these in (Ts, outs, bases)), some_Cs, left)
 
 
 def chosen_backends(op: str, Ts: Sequence[Tensor], bases: Sequence[Tensor]) -> dict[str, list[int]]:
@@ -211,28 +207,6 @@ def chosen_backends(op: str, Ts: Sequence[Tensor], bases: Sequence[Tensor]) -> d
             name = chosen_for[alike] = dispatch.choose(op, T, U)
         by_backend.setdefault(name, []).append(i)
     return by_backend
-
-
-def _in_parts(run, Ts, outs, bases, Cs, left: bool) -> None:
-    source = Ts
-    for wide, narrow, some_Cs in parts(bases, Cs, left):
-        run([source[i] for i in wide], [outs[i] for i in wide], narrow, some_Cs, left)
-        source = outs
-
-
-def parts(
-    bases: Sequence[Tensor], Cs: Sequence[Tensor], left: bool
-) -> Iterator[tuple[list[int], list[Tensor], list[Tensor]]]:
-    """Wide bases as several narrow ones: I − V Vᵀ = (I − V₁ V₁ᵀ)(I − V₂ V₂ᵀ) where V₁ᵀ V₂ = 0.
-
-    Yields which of the list have such a part, the parts, and those of `Cs`; all in the first.
-    """
-    width = dispatch.LARGEST_K
-    for start in range(0, max(1, *(U.shape[1] for U in bases)), width):
-        wide = [i for i, U in enumerate(bases) if start == 0 or U.shape[1] > start]
-        part = slice(start, start + width)
-        some_Cs = [Cs[i][..., part, :] if left else Cs[i][..., part] for i in wide] if Cs else []
-        yield wide, [bases[i][:, part] for i in wide], some_Cs
 
 
 def _project_each(Ts, outs, bases, Cs, left: bool) -> None:

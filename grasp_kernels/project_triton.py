@@ -5,7 +5,9 @@
 
 A program owns a strip. It walks along d to find the strip's coefficients, then back, so that what
 it read last, still in cache, is written first. Only as many programs run at a time as leave their
-strips in the second-level cache, so the second read does not go to memory.
+strips in the second-level cache, so the second read does not go to memory. Coefficients of up to 64
+directions stay in registers. Of wider bases it finds 64 after 64, each with a walk of its own, and
+lays them down in a place that is the program's: `T` is rounded once whatever the rank.
 """
 
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ from grasp_kernels.matrices import CODES, Row, listed
 
 MIXED = 3
 COLUMNS = len(Row._fields)
+WIDEST = 64  # directions whose coefficients stay in registers
 KEPT = 256  # lists, and of each the places where its matrices lay
 
 
@@ -49,6 +52,7 @@ def _strip(
     row,
     index,
     energy,
+    scratch,
     DTYPE: tl.constexpr,
     LEFT: tl.constexpr,
     KP: tl.constexpr,
@@ -80,66 +84,84 @@ def _strip(
     inside_n = r < n - first
     step32, out_step32 = step.to(tl.int32), out_step.to(tl.int32)
     V_tile = e[:, None] * basis_d.to(tl.int32) + j[None, :] * basis_k.to(tl.int32)
+    parts = 1
+    if scratch is not None:
+        parts = tl.cdiv(k, KP)
     if LEFT:
         T, out = T + first, out + first
         tile, out_tile = e[:, None] * step32 + r[None, :], e[:, None] * out_step32 + r[None, :]
         stride, out_stride = step * BD, out_step * BD
-        c = tl.zeros((KP, BS), tl.float32)
+        c, c_tile = tl.zeros((KP, BS), tl.float32), j[:, None] * BS + r[None, :]
         squares = tl.zeros((BD, BS), tl.float32)
     else:
         T, out = T + first * step, out + first * out_step
         tile, out_tile = r[:, None] * step32 + e[None, :], r[:, None] * out_step32 + e[None, :]
         stride, out_stride = tl.full((), BD, tl.int64), tl.full((), BD, tl.int64)
-        c = tl.zeros((BS, KP), tl.float32)
+        c, c_tile = tl.zeros((BS, KP), tl.float32), r[:, None] * KP + j[None, :]
         squares = tl.zeros((BS, BD), tl.float32)
     blocks = tl.cdiv(d, BD)
-    for block in range(0, blocks):
-        inside_d = e < d - block * BD
-        V = tl.load(
-            basis + block * BD * basis_d + V_tile,
-            mask=inside_d[:, None] & (j[None, :] < k),
-            other=0.0,
-        )
-        if LEFT:
-            inside = inside_d[:, None] & inside_n[None, :]
-            X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
-            c = tl.dot(tl.trans(V), X, c, input_precision=PRECISION)
+    removed = tl.zeros((), tl.float32)
+    for part in range(0, parts):
+        ours = j < k - part * KP
+        V_part = basis + part * KP * basis_k
+        c = tl.zeros_like(c)
+        for block in range(0, blocks):
+            inside_d = e < d - block * BD
+            V = tl.load(
+                V_part + block * BD * basis_d + V_tile,
+                mask=inside_d[:, None] & ours[None, :],
+                other=0.0,
+            )
+            if LEFT:
+                inside = inside_d[:, None] & inside_n[None, :]
+                X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
+                c = tl.dot(tl.trans(V), X, c, input_precision=PRECISION)
+            else:
+                inside = inside_n[:, None] & inside_d[None, :]
+                X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
+                c = tl.dot(X, V, c, input_precision=PRECISION)
             if energy is not None:
-                squares += X * X
-        else:
-            inside = inside_n[:, None] & inside_d[None, :]
-            X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
-            c = tl.dot(X, V, c, input_precision=PRECISION)
-            if energy is not None:
-                squares += X * X
+                squares += tl.where(part == 0, X * X, 0.0)
+        if energy is not None:
+            removed += tl.sum(c * c)
+        if C != 0:
+            pinned = C.to(tl.pointer_type(tl.float32)) + first * C_n + part * KP * C_k
+            if LEFT:
+                inside = ours[:, None] & inside_n[None, :]
+                c -= tl.load(pinned + r[None, :] * C_n + j[:, None] * C_k, mask=inside, other=0.0)
+            else:
+                inside = inside_n[:, None] & ours[None, :]
+                c -= tl.load(pinned + r[:, None] * C_n + j[None, :] * C_k, mask=inside, other=0.0)
+        if scratch is not None:
+            tl.store(scratch + part * KP * BS + c_tile, c)
     if energy is not None:
-        _add_energy(energy, tl.sum(squares), tl.sum(c * c))
-    if C != 0:
-        pinned = C.to(tl.pointer_type(tl.float32)) + first * C_n
-        if LEFT:
-            inside = (j[:, None] < k) & inside_n[None, :]
-            c -= tl.load(pinned + r[None, :] * C_n + j[:, None] * C_k, mask=inside, other=0.0)
-        else:
-            inside = inside_n[:, None] & (j[None, :] < k)
-            c -= tl.load(pinned + r[:, None] * C_n + j[None, :] * C_k, mask=inside, other=0.0)
+        _add_energy(energy, tl.sum(squares), removed)
+    if scratch is not None:
+        tl.debug_barrier()  # other threads of the program read what these have written
     for done in range(0, blocks):
         block = blocks - 1 - done
         inside_d = e < d - block * BD
-        V = tl.load(
-            basis + block * BD * basis_d + V_tile,
-            mask=inside_d[:, None] & (j[None, :] < k),
-            other=0.0,
-        )
         if LEFT:
             inside = inside_d[:, None] & inside_n[None, :]
-            X = tl.load(T + block * stride + tile, mask=inside, other=0.0)
-            X = X.to(tl.float32) - tl.dot(V, c, input_precision=PRECISION)
         else:
             inside = inside_n[:, None] & inside_d[None, :]
-            X = tl.load(T + block * stride + tile, mask=inside, other=0.0)
-            X = X.to(tl.float32) - tl.dot(c, tl.trans(V), input_precision=PRECISION)
+        X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
+        for part in range(0, parts):
+            V = tl.load(
+                basis + part * KP * basis_k + block * BD * basis_d + V_tile,
+                mask=inside_d[:, None] & (j[None, :] < k - part * KP),
+                other=0.0,
+            )
+            if scratch is not None:
+                c = tl.load(scratch + part * KP * BS + c_tile)
+            if LEFT:
+                X -= tl.dot(V, c, input_precision=PRECISION)
+            else:
+                X -= tl.dot(c, tl.trans(V), input_precision=PRECISION)
         target = out + block * out_stride + out_tile
         tl.store(target, rounded(X, DTYPE, INTERPRETED), mask=inside)
+    if scratch is not None:
+        tl.debug_barrier()  # before the next strip's coefficients take the place of these
 
 
 @triton.jit
@@ -148,7 +170,9 @@ def project_kernel(
     table,
     strips,
     energies,
+    scratch,
     count,
+    room,
     COLUMNS: tl.constexpr,
     CODE: tl.constexpr,
     LEFT: tl.constexpr,
@@ -161,8 +185,11 @@ def project_kernel(
     """Each program takes every so-many-th strip.
 
     `strips` holds (matrix, strip of it) pairs, `places` where each matrix lies and where its
-    projection goes, `table` a `Row` for each; `energies`, if given, has a pair for each strip.
+    projection goes, `table` a `Row` for each; `energies`, if given, has a pair for each strip, and
+    `scratch`, for bases of more than `KP` directions, `room` elements for each program.
     """
+    if scratch is not None:
+        scratch += tl.program_id(0) * room
     for strip in range(tl.program_id(0), count, tl.num_programs(0)):
         matrix = tl.load(strips + 2 * strip)
         index = tl.load(strips + 2 * strip + 1)
@@ -171,24 +198,96 @@ def project_kernel(
         if energies is not None:
             energy = energies + 2 * strip
         if CODE == 0:
-            _strip(place, row, index, energy, tl.float32, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+            _strip(
+                place,
+                row,
+                index,
+                energy,
+                scratch,
+                tl.float32,
+                LEFT,
+                KP,
+                BS,
+                BD,
+                ALIGNED,
+                INTERPRETED,
+            )
         elif CODE == 1:
-            _strip(place, row, index, energy, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+            _strip(
+                place,
+                row,
+                index,
+                energy,
+                scratch,
+                tl.bfloat16,
+                LEFT,
+                KP,
+                BS,
+                BD,
+                ALIGNED,
+                INTERPRETED,
+            )
         elif CODE == 2:
-            _strip(place, row, index, energy, tl.float16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED)
+            _strip(
+                place,
+                row,
+                index,
+                energy,
+                scratch,
+                tl.float16,
+                LEFT,
+                KP,
+                BS,
+                BD,
+                ALIGNED,
+                INTERPRETED,
+            )
         else:
             code = tl.load(row + 11)
             if code == 0:
                 _strip(
-                    place, row, index, energy, tl.float32, LEFT, KP, BS, BD, ALIGNED, INTERPRETED
+                    place,
+                    row,
+                    index,
+                    energy,
+                    scratch,
+                    tl.float32,
+                    LEFT,
+                    KP,
+                    BS,
+                    BD,
+                    ALIGNED,
+                    INTERPRETED,
                 )
             elif code == 1:
                 _strip(
-                    place, row, index, energy, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED
+                    place,
+                    row,
+                    index,
+                    energy,
+                    scratch,
+                    tl.bfloat16,
+                    LEFT,
+                    KP,
+                    BS,
+                    BD,
+                    ALIGNED,
+                    INTERPRETED,
                 )
             else:
                 _strip(
-                    place, row, index, energy, tl.float16, LEFT, KP, BS, BD, ALIGNED, INTERPRETED
+                    place,
+                    row,
+                    index,
+                    energy,
+                    scratch,
+                    tl.float16,
+                    LEFT,
+                    KP,
+                    BS,
+                    BD,
+                    ALIGNED,
+                    INTERPRETED,
                 )
 
 
@@ -225,11 +324,11 @@ class Launch:
 
     def __init__(self, rows: Sequence[Row], device: torch.device):
         self.device = device
-        KP = max(16, triton.next_power_of_2(max(row.k for row in rows)))
+        widest_k = max(row.k for row in rows)
         codes = {row.code for row in rows}
         code = codes.pop() if len(codes) == 1 else MIXED
-        self.options = tiling(code, bool(rows[0].left), KP, widest=max(row.n for row in rows))
-        BS = self.options["BS"]
+        self.options = tiling(code, bool(rows[0].left), widest_k, max(row.n for row in rows))
+        KP, BS = self.options["KP"], self.options["BS"]
         pairs = [(i, s) for i, row in enumerate(rows) for s in range(-(-row.n // BS))]
         self.count = len(pairs)
         self.owners = [i for i, _ in pairs]
@@ -241,6 +340,7 @@ class Launch:
         size = 4 if code in (CODES[torch.float32], MIXED) else 2
         strip = max(row.d for row in rows) * BS * size
         self.grid = (min(self.count, _resident(device, strip)),)
+        self.room = 0 if widest_k <= KP else triton.cdiv(widest_k, KP) * KP * BS
         self.places = lru_cache(KEPT)(self._places)
 
     def _places(self, pointers: tuple[int, ...]) -> tuple[Tensor, bool]:
@@ -257,13 +357,18 @@ class Launch:
                 are added.
         """
         where, aligned = places
+        scratch = None
+        if self.room:
+            scratch = torch.empty(self.grid[0] * self.room, device=self.device)
         with on_device(self.device):
             project_kernel[self.grid](
                 where,
                 self.table,
                 self.strips,
                 energies,
+                scratch,
                 self.count,
+                self.room,
                 COLUMNS,
                 **self.options,
                 ALIGNED=aligned,
@@ -271,7 +376,7 @@ class Launch:
             )
 
 
-def tiling(code: int, left: bool, KP: int, widest: int) -> dict:
+def tiling(code: int, left: bool, k: int, widest: int) -> dict:
     """The kernel's constants and warps: without spilled registers on any architecture.
 
     A strip is 64 bytes across, two sectors of memory, and reads the basis twice: a narrower one
@@ -279,8 +384,9 @@ def tiling(code: int, left: bool, KP: int, widest: int) -> dict:
     """
     half = code in (CODES[torch.bfloat16], CODES[torch.float16])
     BS = 32 if half and widest > 16 else 16
-    widest_rank = {MIXED: 0, CODES[torch.float32]: 16 if left else 32}.get(code, 32)
-    BD = 64 if KP <= widest_rank else 32
+    KP = max(16, triton.next_power_of_2(k)) if k <= WIDEST else 32
+    deep = {MIXED: 0, CODES[torch.float32]: 16 if left else 32}.get(code, 32)  # largest such rank
+    BD = 64 if k <= deep else 32
     sizes = {"KP": KP, "BS": BS, "BD": BD}
     # All the registers there are: left to itself the assembler spills some to run more programs.
     return {"CODE": code, "LEFT": left, **sizes, "num_warps": 4, "maxnreg": 255}

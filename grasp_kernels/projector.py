@@ -20,7 +20,6 @@ from grasp_kernels.project import (
     check_distinct,
     checked,
     chosen_backends,
-    parts,
     project_plainly,
 )
 
@@ -130,22 +129,17 @@ class Projector:
         module = import_module(dispatch.module_of("project", name))
         some_Cs = [self.Cs[i] for i in chosen] if self.Cs else []
         bases = [self.bases[i] for i in chosen]
-        for part, (wide, narrow, narrow_Cs) in enumerate(parts(bases, some_Cs, self.left)):
-            some = [Ts[chosen[i]] for i in wide]
-            packed = name == "cuda"
-            for device, found in listed(
-                some, some, narrow, narrow_Cs, self.left, [], packed
-            ).items():
-                for launch, rows in module.launches(found.rows, device):
-                    members = [
-                        (chosen[wide[found.members[r][0]]], found.members[r][1]) for r in rows
-                    ]
-                    energies = owners = None
-                    if self.measure:
-                        owners = torch.tensor([members[m][0] for m in launch.owners])
-                        energies = torch.zeros(launch.count, 2, device=device)
-                    kept = [found.kept[r] for r in rows]
-                    self._laid.append(_Laid(launch, members, part == 0, kept, owners, energies))
+        some = [Ts[i] for i in chosen]
+        by_device = listed(some, some, bases, some_Cs, self.left, [], packed=name == "cuda")
+        for device, found in by_device.items():
+            for launch, rows in module.launches(found.rows, device):
+                members = [(chosen[found.members[r][0]], found.members[r][1]) for r in rows]
+                energies = owners = None
+                if self.measure:
+                    owners = torch.tensor([members[m][0] for m in launch.owners])
+                    energies = torch.zeros(launch.count, 2, device=device)
+                kept = [found.kept[r] for r in rows]
+                self._laid.append(_Laid(launch, members, kept, owners, energies))
 
     def _place(self, Ts: list[Tensor], pointers: tuple[int, ...]) -> list:
         """Tables for tensors at these addresses, kept for the next time they lie there."""
@@ -182,10 +176,7 @@ class Projector:
 
     def _gather(self) -> None:
         for laid in getattr(self, "_laid", ()):
-            found = laid.energies.double().cpu()
-            if not laid.whole:  # the first part of a wide basis has counted all of T
-                found[:, 0] = 0
-            self._sums.index_add_(0, laid.owners, found)
+            self._sums.index_add_(0, laid.owners, laid.energies.double().cpu())
             laid.energies.zero_()
         for sums in getattr(self, "_plain_energies", {}).values():
             self._sums += sums.double().cpu()
@@ -197,7 +188,6 @@ class _Laid(NamedTuple):
 
     launch: object
     members: list[tuple[int, int]]  # of each matrix the tensor, and the bytes from its start
-    whole: bool  # whether it sees the tensors as they came
     kept: list  # what its table points to
     owners: Tensor | None  # the tensor of each strip
     energies: Tensor | None  # [strips, 2]

@@ -29,8 +29,11 @@ SIGNATURES = {
     "strips": "*i32",
     "energies": "*fp32",  # without them the kernel does less
     "count": "i32",
+    "room": "i32",
+    "scratch": "*fp32",  # of wide bases alone
 }
 RANKS = (16, 32, 64)
+WIDE = 65  # directions, more than stay in registers
 
 
 def configurations() -> list[tuple[str, dict]]:
@@ -39,8 +42,8 @@ def configurations() -> list[tuple[str, dict]]:
 
     sides = list(product((False, True), (16, 64)))
     found = [
-        ("project", project_triton.tiling(code, left, KP, widest))
-        for code, (left, widest), KP in product(range(4), sides, RANKS)
+        ("project", {**project_triton.tiling(code, left, k, widest), "wide": k == WIDE})
+        for code, (left, widest), k in product(range(4), sides, (*RANKS, WIDE))
     ]
     found += [
         ("orthonormalize", {"CODE": code, **orthonormalize_triton.tiling(KP)})
@@ -56,12 +59,14 @@ def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
     module = {"project": project_triton, "orthonormalize": orthonormalize_triton}[op]
     kernel = getattr(module, f"{op}_kernel")
     constants = {"COLUMNS": module.COLUMNS, "ALIGNED": True, "INTERPRETED": False, **options}
+    given = {k: v for k, v in SIGNATURES.items() if k != "scratch" or options.get("wide")}
+    constants |= {"scratch": None}
     names = kernel.arg_names
-    pointers = [i for i, n in enumerate(names) if SIGNATURES.get(n, "").startswith("*")]
+    pointers = [i for i, n in enumerate(names) if given.get(n, "").startswith("*")]
     source = ASTSource(
         fn=kernel,
-        signature={n: SIGNATURES.get(n, "constexpr") for n in names},
-        constexprs={n: constants[n] for n in names if n not in SIGNATURES},
+        signature={n: given.get(n, "constexpr") for n in names},
+        constexprs={n: constants[n] for n in names if n not in given},
         attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
     )
     kernel = triton.compile(
