@@ -2,13 +2,17 @@
 
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 
 from grasp import study
 from grasp.compare import compare
 from grasp.organism import World
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
 @pytest.fixture
@@ -117,6 +121,11 @@ def test_rivals_stand_beside_the_guard(config):
     for rival in ("replay=2", "kl=3"):
         assert by[rival]["task_score"] > 1 and by[rival]["drift"] < 0.5 * by["plain"]["drift"]
     assert {p["method"] for p in result["paired"]} == {"replay=2"}
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_the_configs_of_the_benchmarks_are_studies(path):
+    study.study_from(yaml.safe_load(path.read_text())).check()
 
 
 @pytest.mark.parametrize(
