@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grasp_kernels.matrices import CODES
-from grasp_kernels.project_triton import INTERPRETED, on_device, rounded, to_device
+from grasp_kernels.project_triton import on_device, rounded, to_device
 
 COLUMNS = 8  # of a row of the table
 
@@ -33,9 +33,7 @@ def _tile(Q, at, j, d, k, rank):
 
 
 @triton.jit
-def _orthonormalize(
-    row, DTYPE: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def _orthonormalize(row, DTYPE: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr):
     W = tl.load(row).to(tl.pointer_type(DTYPE))
     w = tl.load(row + 1).to(tl.pointer_type(tl.float64))  # the column at hand, [d], and then Q
     rank_out = tl.load(row + 2).to(tl.pointer_type(tl.int64))
@@ -83,7 +81,7 @@ def _orthonormalize(
         rank += tl.where(kept > 0, 1, 0)
     for block in range(0, blocks):
         at = block * BD + e
-        x = rounded(_tile(Q, at, j, d, k, rank).to(tl.float32), DTYPE, INTERPRETED)
+        x = rounded(_tile(Q, at, j, d, k, rank).to(tl.float32), DTYPE)
         inside = (at[:, None] < d) & (j[None, :] < k)
         tl.store(W + at[:, None].to(tl.int64) * step + j[None, :] * unit, x, mask=inside)
     tl.store(rank_out, rank)
@@ -96,15 +94,14 @@ def orthonormalize_kernel(
     CODE: tl.constexpr,
     KP: tl.constexpr,
     BD: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     row = table + tl.program_id(0) * COLUMNS
     if CODE == 0:
-        _orthonormalize(row, tl.float32, KP, BD, INTERPRETED)
+        _orthonormalize(row, tl.float32, KP, BD)
     elif CODE == 1:
-        _orthonormalize(row, tl.bfloat16, KP, BD, INTERPRETED)
+        _orthonormalize(row, tl.bfloat16, KP, BD)
     else:
-        _orthonormalize(row, tl.float16, KP, BD, INTERPRETED)
+        _orthonormalize(row, tl.float16, KP, BD)
 
 
 def orthonormalize_triton(Ws: list[Tensor], ranks: list[Tensor], rtols: list[float]) -> None:
@@ -132,9 +129,7 @@ def orthonormalize_triton(Ws: list[Tensor], ranks: list[Tensor], rtols: list[flo
         table = to_device(torch.tensor(rows, dtype=torch.int64), device)
         KP = max(16, triton.next_power_of_2(max(Ws[i].shape[1] for i in members)))
         with on_device(device):
-            orthonormalize_kernel[(len(rows),)](
-                table, COLUMNS, CODES[dtype], **tiling(KP), INTERPRETED=INTERPRETED
-            )
+            orthonormalize_kernel[(len(rows),)](table, COLUMNS, CODES[dtype], **tiling(KP))
 
 
 def tiling(KP: int) -> dict:

@@ -6,7 +6,7 @@
 A program owns a strip. It walks along d to find the strip's coefficients, then back, so that what
 it read last, still in cache, is written first. Only as many programs run at a time as leave their
 strips in the second-level cache, so the second read does not go to memory. Coefficients of up to 64
-directions stay in registers. Of wider bases it finds 64 after 64, each with a walk of its own, and
+directions stay in registers. Of wider bases it finds 32 after 32, each with a walk of its own, and
 lays them down in a place that is the program's: `T` is rounded once whatever the rank.
 """
 
@@ -18,18 +18,18 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.runtime.interpreter import InterpretedFunction
 
 from grasp_kernels.matrices import CODES, Row, listed
 
 MIXED = 3
 COLUMNS = len(Row._fields)
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WIDEST = 64  # directions whose coefficients stay in registers
 KEPT = 256  # lists, and of each the places where its matrices lay
 
 
 @triton.jit
-def rounded(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
+def rounded(x, DTYPE: tl.constexpr):
     """To the stored dtype, to nearest even: the interpreter's own cast to bf16 truncates."""
     if INTERPRETED and DTYPE == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
@@ -59,7 +59,6 @@ def _strip(
     BS: tl.constexpr,
     BD: tl.constexpr,
     ALIGNED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     T = tl.load(place).to(tl.pointer_type(DTYPE))
     out = tl.load(place + 1).to(tl.pointer_type(DTYPE))
@@ -159,7 +158,7 @@ def _strip(
             else:
                 X -= tl.dot(c, tl.trans(V), input_precision=PRECISION)
         target = out + block * out_stride + out_tile
-        tl.store(target, rounded(X, DTYPE, INTERPRETED), mask=inside)
+        tl.store(target, rounded(X, DTYPE), mask=inside)
     if scratch is not None:
         tl.debug_barrier()  # before the next strip's coefficients take the place of these
 
@@ -180,7 +179,6 @@ def project_kernel(
     BS: tl.constexpr,
     BD: tl.constexpr,
     ALIGNED: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Each program takes every so-many-th strip.
 
@@ -198,100 +196,19 @@ def project_kernel(
         if energies is not None:
             energy = energies + 2 * strip
         if CODE == 0:
-            _strip(
-                place,
-                row,
-                index,
-                energy,
-                scratch,
-                tl.float32,
-                LEFT,
-                KP,
-                BS,
-                BD,
-                ALIGNED,
-                INTERPRETED,
-            )
+            _strip(place, row, index, energy, scratch, tl.float32, LEFT, KP, BS, BD, ALIGNED)
         elif CODE == 1:
-            _strip(
-                place,
-                row,
-                index,
-                energy,
-                scratch,
-                tl.bfloat16,
-                LEFT,
-                KP,
-                BS,
-                BD,
-                ALIGNED,
-                INTERPRETED,
-            )
+            _strip(place, row, index, energy, scratch, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED)
         elif CODE == 2:
-            _strip(
-                place,
-                row,
-                index,
-                energy,
-                scratch,
-                tl.float16,
-                LEFT,
-                KP,
-                BS,
-                BD,
-                ALIGNED,
-                INTERPRETED,
-            )
+            _strip(place, row, index, energy, scratch, tl.float16, LEFT, KP, BS, BD, ALIGNED)
         else:
             code = tl.load(row + 11)
             if code == 0:
-                _strip(
-                    place,
-                    row,
-                    index,
-                    energy,
-                    scratch,
-                    tl.float32,
-                    LEFT,
-                    KP,
-                    BS,
-                    BD,
-                    ALIGNED,
-                    INTERPRETED,
-                )
+                _strip(place, row, index, energy, scratch, tl.float32, LEFT, KP, BS, BD, ALIGNED)
             elif code == 1:
-                _strip(
-                    place,
-                    row,
-                    index,
-                    energy,
-                    scratch,
-                    tl.bfloat16,
-                    LEFT,
-                    KP,
-                    BS,
-                    BD,
-                    ALIGNED,
-                    INTERPRETED,
-                )
+                _strip(place, row, index, energy, scratch, tl.bfloat16, LEFT, KP, BS, BD, ALIGNED)
             else:
-                _strip(
-                    place,
-                    row,
-                    index,
-                    energy,
-                    scratch,
-                    tl.float16,
-                    LEFT,
-                    KP,
-                    BS,
-                    BD,
-                    ALIGNED,
-                    INTERPRETED,
-                )
-
-
-INTERPRETED = isinstance(project_kernel, InterpretedFunction)
+                _strip(place, row, index, energy, scratch, tl.float16, LEFT, KP, BS, BD, ALIGNED)
 
 
 def project_triton(
@@ -372,7 +289,6 @@ class Launch:
                 COLUMNS,
                 **self.options,
                 ALIGNED=aligned,
-                INTERPRETED=INTERPRETED,
             )
 
 

@@ -58,7 +58,7 @@ def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
     arch, (op, options) = job
     module = {"project": project_triton, "orthonormalize": orthonormalize_triton}[op]
     kernel = getattr(module, f"{op}_kernel")
-    constants = {"COLUMNS": module.COLUMNS, "ALIGNED": True, "INTERPRETED": False, **options}
+    constants = {"COLUMNS": module.COLUMNS, "ALIGNED": True, **options}
     given = {k: v for k, v in SIGNATURES.items() if k != "scratch" or options.get("wide")}
     constants |= {"scratch": None}
     names = kernel.arg_names
