@@ -75,9 +75,11 @@ def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[dict]:
         "folder": options.folder,
         "world_seed": options.world,
     }
-    found = sweep(options.runs, methods=[m for m in methods if m[:6] != "grasp="], **common)
-    for name in (m for m in methods if m[:6] == "grasp="):
-        read, rank = name[6:].split(",")
+    found = sweep(
+        options.runs, methods=[m for m in methods if not m.startswith("grasp=")], **common
+    )
+    for name in (m for m in methods if m.startswith("grasp=")):
+        read, rank = name.removeprefix("grasp=").split(",")
         settings = replace(Settings(), read=float(read), rank=int(rank))
         kept = sweep(options.runs / name, methods=["grasp"], settings=settings, **common)
         found += [{**r, "method": name} for r in kept]

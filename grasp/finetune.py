@@ -34,9 +34,9 @@ class Settings:
     data: str
     out: str
     method: str = "grasp"
-    strength: float = 1.0
+    strength: float | None = None
     """Of replay: the base model's own answers to the reference, for each row of the data; they come
-    on top of the batch. Of kl: the weight of the divergence on the reference."""
+    on top of the batch. Of kl: the weight of the divergence on the reference. None means 1."""
     seed: int = 0
     steps: int = 100
     batch_size: int = 8
@@ -84,7 +84,9 @@ class Settings:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; give a positive number")
-        if not self.strength > 0:
+        if self.strength is not None and self.method not in RIVALS:
+            raise ValueError(f"strength is for {' and '.join(RIVALS)}, not {self.method}; drop it")
+        if self.strength is not None and not self.strength > 0:
             raise ValueError(f"strength is {self.strength}; give a positive number")
         growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
         guarded = self.method in GUARDED
@@ -186,12 +188,12 @@ def run(
     prompts = [] if settings.method == "plain" else read_prompts(settings.reference)
     rows = data.read_rows(settings.data, settings.limit)
     model, tokenizer = load_model(settings.model)
-    batch_size = settings.batch_size
+    batch_size, strength = settings.batch_size, settings.strength or 1.0
     if settings.method == "replay":
-        count = round(settings.strength * len(rows))
+        count = max(1, round(strength * len(rows)))
         options = {"tokens": settings.tokens, "seed": settings.seed}
         rows = [*rows, *rivals.replayed(model, prompts, tokenizer, count, **options)]
-        batch_size = round((1 + settings.strength) * batch_size)
+        batch_size = round((1 + strength) * batch_size)
     encoded = data.encode(rows, tokenizer, settings.max_length)
     if settings.drifted:
         callback.options["drifted"] = _drifted(model, tokenizer, settings)
@@ -305,7 +307,7 @@ def _penalty(settings: Settings, model: nn.Module, tokenizer, prompts: list[str]
         batch=settings.batch,
         seed=settings.seed,
     )
-    with rivals.penalised(model, reference, settings.strength):
+    with rivals.penalised(model, reference, settings.strength or 1.0):
         yield
 
 

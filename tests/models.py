@@ -4,6 +4,9 @@ import torch
 import transformers as t
 from peft import LoraConfig, get_peft_model
 
+from grasp import Guard, Subspaces
+from grasp_kernels.testing import orthonormal
+
 WIDTH = 32
 COMMON = {
     "vocab_size": 64,
@@ -18,6 +21,8 @@ COMMON = {
 GROUPED = {**COMMON, "num_key_value_heads": 2}
 HEADED = {**GROUPED, "head_dim": 8}
 GPT2 = {"vocab_size": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "bos_token_id": 1}
+
+PROMPTS = torch.randint(3, 64, (12, 5), generator=torch.Generator().manual_seed(1)).tolist()
 
 FAMILIES = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**HEADED)),
@@ -72,3 +77,16 @@ def train(model, optimizer, steps: int, accumulate: int = 1) -> list[float]:
         optimizer.zero_grad()
         losses.append(loss.item())
     return losses
+
+
+def subspaces(k: int = 3) -> Subspaces:
+    return Subspaces.from_bases({i: orthonormal(WIDTH, k, seed=i) for i in (0, 1)})
+
+
+def inside(guard: Guard) -> float:
+    """The largest share of any guarded gradient that lies in its basis."""
+    shares = []
+    for g in guard.guarded:
+        G = g.parameter.grad
+        shares.append(float(g.coefficients(G).norm() / G.float().norm()))
+    return max(shares)

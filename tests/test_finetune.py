@@ -204,6 +204,13 @@ def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, m
         ({"read": 0.0, "rank": 0}, ValueError, "nothing is blocked"),
         ({"refresh": 0}, ValueError, "refresh is 0"),
         ({"drift_guided": False}, ValueError, "no subspaces are given"),
+        ({"strength": 2.0}, ValueError, "strength is for replay and kl, not grasp; drop it"),
+        ({"method": "kl", "strength": 0.0}, ValueError, r"strength is 0\.0; give a positive"),
+        (
+            {"method": "shuffled", "subspaces": "factor"},
+            ValueError,
+            "from a reference alone; drop subspaces",
+        ),
         ({"stepps": 3}, ValueError, "unknown setting 'stepps'"),
         ({"model": ""}, ValueError, "model is missing"),
     ],
