@@ -1,8 +1,8 @@
 """One fine-tune from a data file to a saved adapter: plain, guarded, a control, or a rival."""
 
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, fields, replace
 from importlib import resources
 from pathlib import Path
@@ -294,11 +294,11 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
     )
 
 
-@contextmanager
-def _penalty(settings: Settings, model: nn.Module, tokenizer, prompts: list[str]) -> Iterator[None]:
+def _penalty(
+    settings: Settings, model: nn.Module, tokenizer, prompts: list[str]
+) -> AbstractContextManager:
     if settings.method != "kl":
-        yield
-        return
+        return nullcontext()
     reference = Reference(
         model,
         prompts,
@@ -307,8 +307,7 @@ def _penalty(settings: Settings, model: nn.Module, tokenizer, prompts: list[str]
         batch=settings.batch,
         seed=settings.seed,
     )
-    with rivals.penalised(model, reference, settings.strength or 1.0):
-        yield
+    return rivals.penalised(model, reference, settings.strength or 1.0)
 
 
 def _drifted(model: nn.Module, tokenizer, settings: Settings) -> list[Continued]:
