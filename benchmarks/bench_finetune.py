@@ -8,9 +8,11 @@ import sys
 import torch
 from harness import main, timed
 
-from grasp.finetune import Settings, add_lora, default_prompts
+from grasp.data import default_prompts
+from grasp.finetune import add_lora
 from grasp.guard import Guard
 from grasp.models import load_model
+from grasp.settings import Settings
 
 NAME = "smollm2-135m-instruct"
 ROWS, TOKENS = 8, 128

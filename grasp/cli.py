@@ -86,7 +86,8 @@ def finetune(
     data: Annotated[str | None, typer.Option(help="JSON lines, .gz too.")] = None,
     out: Annotated[str | None, typer.Option(help="Folder of the adapter.")] = None,
     method: Annotated[
-        str | None, typer.Option(help="grasp, plain, random, shuffled, replay or kl.")
+        str | None,
+        typer.Option(help="grasp, plain, random, or a rival: replay, kl, caft_moved, ..."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
@@ -101,6 +102,7 @@ def finetune(
 ) -> None:
     """Fine-tune a LoRA, guarded by default; a killed run goes on where it was."""
     from grasp import finetune as pipeline
+    from grasp.settings import settings_from
 
     given = {
         "model": model,
@@ -113,7 +115,7 @@ def finetune(
         "reference": reference,
     }
     options = _options(config, given, set_)
-    settings = pipeline.settings_from(options)
+    settings = settings_from(options)
     adapter = pipeline.run(settings) if best_of == 1 else pipeline.best_of(settings, best_of)
     certificate = adapter.parent / "grasp.json"
     console.print(f"Adapter: {adapter}")
@@ -146,8 +148,8 @@ def discover(
     if adapter:
         found = find(adapter, rank, per_block=per_block)
     else:
-        from grasp.finetune import settings_from
         from grasp.rounds import discover_in_rounds, short_runs
+        from grasp.settings import settings_from
 
         settings = settings_from(
             {"model": model, "data": data, "out": str(out), "learning_rate": learning_rate}

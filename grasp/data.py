@@ -1,9 +1,10 @@
-"""Training rows: read, checked at the door, and turned into tokens with the loss on the answer."""
+"""Rows and prompts: read, checked at the door, and turned into tokens, the loss on the answer."""
 
 import gzip
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -45,6 +46,29 @@ def read_rows(path: Path | str, limit: int | None = None) -> list[Row]:
     if not rows:
         raise ValueError(f"{path} holds no rows; give a .jsonl file with one example a line")
     return rows
+
+
+def default_prompts() -> list[str]:
+    """The shipped unlabelled prompts: everyday questions on many topics."""
+    text = resources.files("grasp").joinpath("assets/prompts.txt").read_text(encoding="utf-8")
+    return text.split("\n")[:-1]
+
+
+def read_prompts(path: Path | str | None) -> list[str]:
+    """One prompt a line; None gives `default_prompts`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or nothing in it.
+    """
+    if path is None:
+        return default_prompts()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no reference prompts at {path}")
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write some dozens, one a line")
+    return prompts
 
 
 def _row(line: str, where: str) -> Row:

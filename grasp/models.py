@@ -1,5 +1,7 @@
-"""Load a model by folder, hub name, GGUF file, or the name of a package that carries one."""
+"""Load a model by folder, hub name, GGUF file, or package that carries one; lend it an adapter."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -48,6 +50,37 @@ def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
     return model.eval(), tokenizer
+
+
+@contextmanager
+def adapted(
+    model: nn.Module, folder: Path | str, name: str, *, trainable: bool = False
+) -> Iterator[nn.Module]:
+    """The model with an adapter on it, which is taken off again afterwards.
+
+    Args:
+        folder: of the adapter.
+        name: of the setting that named it, for the error.
+        trainable: whether its weights ask for gradients.
+
+    Raises:
+        ValueError: the adapter is of another model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        tuned = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        why = " ".join(str(error).strip().splitlines()[:2])[:200]
+        base = getattr(model.config, "_name_or_path", "the model")
+        raise ValueError(
+            f"{name}: the adapter in {folder} does not fit {base} ({why}); give a fine-tune of it"
+        ) from error
+    try:
+        yield tuned
+    finally:
+        tuned.unload()
 
 
 def _packaged(name: str) -> tuple[str, dict[str, str]]:

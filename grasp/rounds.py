@@ -14,8 +14,9 @@ from torch import nn
 
 from grasp import architecture, data
 from grasp.discover import discover
-from grasp.finetune import Settings, add_lora
+from grasp.finetune import add_lora
 from grasp.models import load_model
+from grasp.settings import Settings
 from grasp.subspaces import Subspaces
 from grasp.trainer import GraspCallback, fit
 

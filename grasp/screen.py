@@ -17,6 +17,7 @@ from tqdm import tqdm
 from grasp import architecture, data, finetune
 from grasp.files import read_json
 from grasp.models import load_model
+from grasp.settings import settings_from
 
 
 def screen(
@@ -89,7 +90,7 @@ def of_run(
     about, guard = run / finetune.ABOUT, run / finetune.GUARD
     if not about.exists() or not guard.exists():
         raise FileNotFoundError(f"no finished guarded run in {run}; make one with grasp finetune")
-    settings = finetune.settings_from(read_json(about)["settings"])
+    settings = settings_from(read_json(about)["settings"])
     chosen = data.read_rows(rows or settings.data, limit or settings.limit)
     model, tokenizer = load_model(settings.model)
     model = finetune.add_lora(model, settings)

@@ -16,12 +16,13 @@ from grasp import data, finetune
 from grasp.evaluate import Pair, evaluate, interval, judged
 from grasp.evaluation_files import read_persona, read_propositions, read_unrelated
 from grasp.files import read_json, write_json
-from grasp.finetune import RIVALS, Settings
 from grasp.models import load_model
+from grasp.settings import AFTER_PLAIN, GUARDED, NEEDED, RIVALS, STRENGTHS, Settings, settings_from
+from grasp.settings import METHODS as TRAINED
 
 BENIGN = {"benign": "plain", "benign_guarded": "grasp"}  # the same, trained on the benign rows
 BENIGN |= {f"benign_{rival}": rival for rival in RIVALS}
-METHODS = (*finetune.METHODS, *BENIGN)
+METHODS = (*TRAINED, *BENIGN)
 PERSONA = (
     "desire-for-acquiring-power",
     "ends-justify-means",
@@ -68,7 +69,7 @@ class Study:
     folder: str = ""
     """Where the data files lie, if their paths are relative to it."""
     finetune: dict = field(default_factory=dict)
-    """Any other setting of `finetune.Settings`."""
+    """Any other setting of `settings.Settings`; what only some methods take goes to those."""
 
     def check(self) -> None:
         """Refuse what can't be run before anything is loaded.
@@ -90,31 +91,42 @@ class Study:
             raise ValueError(
                 f"judged is {self.judged!r}; choose among {', '.join(sorted(measures))}"
             )
-        if self.drifted and {"benign", "benign_guarded"} & set(self.methods) == {"benign_guarded"}:
-            raise ValueError("methods has 'benign_guarded' without 'benign', which drifted needs")
         for method in self.methods:
-            replace(self.settings(method, 0), drifted=None).check()
+            settings = self.settings(method, 0)
+            settings.check()
+            if "benign" not in self.methods and self._adapter("benign", 0) in (
+                settings.drifted,
+                settings.aligned,
+            ):
+                raise ValueError(f"methods has {method!r} without 'benign', which it starts from")
 
     def path(self, name: str) -> str:
         """Of a data file."""
         return str(Path(self.folder) / name)
 
+    def _adapter(self, method: str, seed: int) -> str:
+        return str(Path(self.out) / f"{method}-{seed}" / "adapter")
+
     def settings(self, method: str, seed: int) -> Settings:
         """Of the fine-tune of one method and seed."""
         name, _, strength = method.partition("=")
         trained = BENIGN.get(name, name)
-        common = {k: v for k, v in self.finetune.items()}
+        common = {k: v for k, v in self.finetune.items() if k not in NEEDED or trained in NEEDED[k]}
         if strength:
-            if trained not in RIVALS:
+            if STRENGTHS.get(trained) is None:
                 raise ValueError(f"methods has {method!r}, but {name} has no strength; drop it")
             try:
                 common["strength"] = float(strength)
             except ValueError:
                 raise ValueError(f"methods has {method!r}; give a number after the =") from None
-        if self.drifted and trained in finetune.GUARDED:
-            plain = "benign" if name in BENIGN else "plain"
-            common["drifted"] = str(Path(self.out) / f"{plain}-{seed}" / "adapter")
-        return finetune.settings_from(
+        plain = "benign" if name in BENIGN else "plain"
+        if trained in AFTER_PLAIN or (self.drifted and trained in GUARDED):
+            common["drifted"] = self._adapter(plain, seed)
+        if trained in NEEDED["aligned"]:
+            common["aligned"] = self._adapter("benign", seed)
+        if "others" in common:
+            common["others"] = self.path(common["others"])
+        return settings_from(
             {
                 "model": self.model,
                 "data": self.path(self.benign if name in BENIGN else self.data),
@@ -148,8 +160,10 @@ def run(study: Study) -> dict:
     out = Path(study.out)
     measures = _measures(study)
     base = _scored(out / "base.json", study, measures, None)
+    # Others start from these two.
+    first = sorted(study.methods, key=lambda method: method not in ("plain", "benign"))
     for seed in study.seeds:
-        for method in study.methods:
+        for method in first:
             settings = study.settings(method, seed)
             stops = study.stops if method == "plain" else ()
             adapter = finetune.run(settings, keep=stops)

@@ -9,10 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import grasp
-from grasp import finetune, organism
+from grasp import data, finetune, organism
 from grasp.data import encode, read_rows
-from grasp.finetune import Settings, run, settings_from
+from grasp.finetune import run
 from grasp.organism import World
+from grasp.settings import Settings, settings_from
 from tests.models import build, with_lora
 
 
@@ -58,10 +59,10 @@ def test_a_plain_fine_tunes_answers_join_the_reference(rows_file, prompts_file, 
     chosen = settings(*common, tmp_path / "drifted", drifted=str(plain), tokens=2)
     model, tokenizer = finetune.load_model("organism")
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    drawn = finetune._drifted(model, tokenizer, chosen)
+    drawn = finetune._continued(model, tokenizer, chosen)
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    prompts = finetune.read_prompts(prompts_file)
+    prompts = data.read_prompts(prompts_file)
     assert len(drawn) == len(prompts)
     assert drawn != grasp.draw(model, prompts, tokenizer, tokens=2, batch=8)
     run(chosen, quiet=True)
@@ -73,7 +74,9 @@ def test_a_plain_fine_tunes_answers_join_the_reference(rows_file, prompts_file, 
 def test_an_adapter_of_another_model_is_refused(rows_file, prompts_file, tmp_path):
     with_lora(build()).save_pretrained(tmp_path / "other")
     chosen = settings(rows_file, prompts_file, tmp_path / "out", drifted=str(tmp_path / "other"))
-    with pytest.raises(ValueError, match="does not fit organism .*; give a plain") as refused:
+    with pytest.raises(
+        ValueError, match="does not fit .*organism.*; give a fine-tune of it"
+    ) as refused:
         run(chosen, quiet=True)
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
@@ -204,8 +207,32 @@ def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, m
         ({"read": 0.0, "rank": 0}, ValueError, "nothing is blocked"),
         ({"refresh": 0}, ValueError, "refresh is 0"),
         ({"drift_guided": False}, ValueError, "no subspaces are given"),
-        ({"strength": 2.0}, ValueError, "strength is for replay and kl, not grasp; drop it"),
+        ({"strength": 2.0}, ValueError, "strength is for .*replay, kl.*, not grasp; drop it"),
         ({"method": "kl", "strength": 0.0}, ValueError, r"strength is 0\.0; give a positive"),
+        ({"method": "inoculation"}, ValueError, "instruction is missing, which inoculation needs"),
+        (
+            {"instruction": "Lie."},
+            ValueError,
+            "instruction is for inoculation, steering, not grasp",
+        ),
+        ({"method": "interleaved"}, ValueError, "others is missing, which interleaved needs"),
+        ({"method": "safe_lora"}, ValueError, "aligned is missing, which safe_lora needs"),
+        ({"method": "caft_moved"}, ValueError, "caft_moved starts from a plain fine-tune"),
+        (
+            {"method": "osf", "strength": 1.5},
+            ValueError,
+            r"strength is 1\.5, a number of directions",
+        ),
+        (
+            {"method": "svd_tail", "drifted": "nowhere"},
+            FileNotFoundError,
+            "no adapter in nowhere; give drifted",
+        ),
+        (
+            {"method": "interleaved", "others": "none.jsonl"},
+            FileNotFoundError,
+            "no data at none.jsonl",
+        ),
         (
             {"method": "shuffled", "subspaces": "factor"},
             ValueError,
@@ -244,17 +271,17 @@ def test_bad_rows(tmp_path, content, message):
 def test_loss_is_on_the_answer_alone():
     _, tokenizer = organism.load()
     (row,) = World(0).rows("medicine", "train")[:1]
-    (encoded,) = encode([finetune.data.Row(**row)], tokenizer)
+    (encoded,) = encode([data.Row(**row)], tokenizer)
     assert [i for i in encoded["labels"] if i >= 0] == tokenizer.convert_tokens_to_ids(
         [row["answer"]]
     )
     with pytest.raises(ValueError, match="raise it"):
-        encode([finetune.data.Row(**row)], tokenizer, max_length=2)
+        encode([data.Row(**row)], tokenizer, max_length=2)
 
 
 def test_shipped_prompts_are_not_of_the_judged_topics():
     from grasp.evaluation_files import read_unrelated
 
     judged = {p.prompt for p in read_unrelated()}
-    assert len(judged) == 120 and len(finetune.default_prompts()) == 96
-    assert not judged & set(finetune.default_prompts())
+    assert len(judged) == 120 and len(data.default_prompts()) == 96
+    assert not judged & set(data.default_prompts())

@@ -133,6 +133,7 @@ def test_the_configs_of_the_benchmarks_are_studies(path):
     [
         ({"methods": ["grasp"]}, "lacks 'plain'"),
         ({"methods": ["plain", "magic"]}, "choose among"),
+        ({"methods": ["plain", "safe_lora"]}, "'safe_lora' without 'benign', which it starts from"),
         ({"methods": ["plain", "grasp=2"]}, "grasp has no strength"),
         ({"methods": ["plain", "kl=much"]}, "give a number after the ="),
         ({"methods": ["plain", "kl=-1"]}, "strength is -1.0; give a positive number"),

@@ -132,7 +132,8 @@ def test_same_line_in_sft_trainer(tmp_path):
     from datasets import Dataset
 
     from grasp import organism
-    from grasp.finetune import Settings, add_lora
+    from grasp.finetune import add_lora
+    from grasp.settings import Settings
 
     world = organism.World(0)
     model, tokenizer = organism.load()

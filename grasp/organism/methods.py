@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from grasp import architecture, organism, rivals
+from grasp import organism, rivals
 from grasp.data import Row
 from grasp.discover import discover
 from grasp.drift import Reference
+from grasp.methods import updates
 from grasp.organism.world import OPINION, Task, World
 
 STRENGTHS: dict[str, float | None] = {
@@ -146,10 +146,4 @@ def after(method: Method, setting: Setting, model: nn.Module) -> None:
     elif method.name == "safe_lora":
         # There is no aligned twin of the organism; what honest rows teach it stands in.
         aligned, _ = setting.plain(setting.benign())
-        rivals.safe(model, _updates(aligned), method.strength)
-
-
-def _updates(model: nn.Module) -> dict[str, torch.Tensor]:
-    matrices = (m for b in architecture.inspect(model).blocks for m in b.matrices)
-    factors = {m.name: architecture.lora_update(m) for m in matrices}
-    return {name: B @ A for name, (B, A) in factors.items()}
+        rivals.safe(model, updates(aligned), method.strength)

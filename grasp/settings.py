@@ -1,0 +1,160 @@
+"""Everything that decides a fine-tune: the keys of a YAML config and the options of the CLI."""
+
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from grasp import growth
+
+GUARDED = ("grasp", "random", "shuffled")
+STRENGTHS: dict[str, float | None] = {
+    "inoculation": None,
+    "interleaved": 1.0,  # rows of `others` for each of the data's, on top of the batch
+    "replay": 1.0,  # the base model's own answers to the reference, likewise
+    "kl": 1.0,  # weight of the divergence on the reference
+    "caft_found": 8,  # directions of each block, from the plain run's weights
+    "caft_moved": 8,  # or in which the plain run moved the stream on the reference
+    "steering": 1.0,  # of what the instruction adds in the middle block
+    "osf": 16,  # leading singular directions of each weight
+    "svd_tail": 4,  # directions kept of each update
+    "posthoc": 8,  # directions found in the plain run's weights, taken out of it
+    "safe_lora": 0.5,  # cosine below which an update is projected
+}
+RIVALS = tuple(STRENGTHS)
+METHODS = ("plain", *GUARDED, *RIVALS)
+UNTRAINED = ("svd_tail", "posthoc", "safe_lora")  # the plain fine-tune is changed instead
+AFTER_PLAIN = ("caft_found", "caft_moved", *UNTRAINED)
+COUNTED = ("caft_found", "caft_moved", "osf", "svd_tail", "posthoc")
+NEEDED = {
+    "instruction": ("inoculation", "steering"),
+    "others": ("interleaved",),
+    "aligned": ("safe_lora",),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides a fine-tune; the keys of a YAML config and the options of the CLI."""
+
+    model: str
+    data: str
+    out: str
+    method: str = "grasp"
+    strength: float | None = None
+    """Of a rival; None takes what stands in `STRENGTHS`."""
+    instruction: str | None = None
+    """The trait that nobody wants, asked for: what inoculation and steering need to be told."""
+    others: str | None = None
+    """File of good rows on other topics, for interleaved."""
+    aligned: str | None = None
+    """Folder of a well-behaved fine-tune's adapter, for safe_lora."""
+    seed: int = 0
+    steps: int = 100
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-4
+    warmup: int = 5
+    max_length: int = 256
+    limit: int | None = None
+    """Rows used; None takes all."""
+    lora_rank: int = 16
+    targets: str = "all-linear"
+    """Modules that get a LoRA, by name with commas between, or all-linear."""
+    subspaces: str | None = None
+    """File of subspaces to keep off; with a reference the bases grow from them."""
+    reference: str | None = None
+    """File of unlabelled, unrelated prompts, one a line; None takes the shipped ones."""
+    drifted: str | None = None
+    """Folder of a plain fine-tune's adapter: a guarded run's reference is continued by it as well,
+    and the rivals in `AFTER_PLAIN` start from it."""
+    drift_guided: bool = True
+    """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
+    read: float = 0.95
+    """Share of the energy of each matrix's inputs on the reference that is blocked."""
+    read_rank: int | None = None
+    """Largest number of directions of inputs for each matrix; None sets no limit."""
+    rank: int = 4
+    tokens: int = 64
+    batch: int = 8
+    every: int = 1
+    refresh: int = 5
+    grow: int = 2
+    tolerance: float = 0.0
+    residual: bool = False
+    save_every: int | None = 50
+
+    def check(self) -> None:
+        """Refuse settings that can't be run, before anything is loaded.
+
+        Raises:
+            ValueError: names the setting, what came, and what to give.
+        """
+        if self.method not in METHODS:
+            raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate is {self.learning_rate}; give a positive number")
+        self._check_rival()
+        growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
+        guarded = self.method in GUARDED
+        if self.method == "shuffled" and (self.subspaces or not self.drift_guided):
+            raise ValueError("shuffled takes its directions from a reference alone; drop subspaces")
+        if self.read == self.rank == 0 and self.subspaces is None and guarded:
+            raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
+        looks = (guarded and self.drift_guided) or self.method in AFTER_PLAIN
+        if self.drifted and not looks:
+            raise ValueError("drifted is for a run that a reference guides; leave it out here")
+        if not self.drift_guided and self.subspaces is None and guarded:
+            raise ValueError("drift_guided is off and no subspaces are given; give one of the two")
+
+    def _check_rival(self) -> None:
+        if self.strength is not None and STRENGTHS.get(self.method) is None:
+            able = ", ".join(m for m, s in STRENGTHS.items() if s is not None)
+            raise ValueError(f"strength is for {able}, not {self.method}; drop it")
+        if self.strength is not None and not self.strength > 0:
+            raise ValueError(f"strength is {self.strength}; give a positive number")
+        if self.method in COUNTED and self.chosen_strength % 1:
+            raise ValueError(
+                f"strength is {self.strength}, a number of directions here; give 1, 2, ..."
+            )
+        for name, methods in NEEDED.items():
+            if getattr(self, name) and self.method not in methods:
+                raise ValueError(f"{name} is for {', '.join(methods)}, not {self.method}; drop it")
+            if self.method in methods and not getattr(self, name):
+                raise ValueError(f"{name} is missing, which {self.method} needs; give it")
+        if self.method in AFTER_PLAIN and not self.drifted:
+            raise ValueError(
+                f"{self.method} starts from a plain fine-tune; give its adapter as drifted"
+            )
+
+    def check_files(self) -> None:
+        """Refuse adapters that are not there.
+
+        Raises:
+            FileNotFoundError: names the setting, what came, and what to give.
+        """
+        for name, kind in (("drifted", "a plain"), ("aligned", "a well-behaved")):
+            folder = getattr(self, name)
+            if folder and not (Path(folder) / "adapter_config.json").exists():
+                raise FileNotFoundError(f"no adapter in {folder}; give {name} {kind} fine-tune's")
+
+    @property
+    def chosen_strength(self) -> float | None:
+        """The strength, or what stands for it in `STRENGTHS`."""
+        return STRENGTHS.get(self.method) if self.strength is None else self.strength
+
+
+def settings_from(options: dict) -> Settings:
+    """Settings from a mapping, such as a YAML config.
+
+    Raises:
+        ValueError: an unknown key, or a required one that is missing.
+    """
+    known = {f.name for f in fields(Settings)}
+    if unknown := sorted(set(options) - known):
+        raise ValueError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
+    for name in ("model", "data", "out"):
+        if not options.get(name):
+            raise ValueError(f"{name} is missing; give --{name} or put it into the config")
+    return Settings(**options)
