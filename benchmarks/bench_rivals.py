@@ -21,7 +21,8 @@ from pathlib import Path
 
 import matplotlib
 
-from grasp import compare, organism
+from grasp import organism
+from grasp.compare import ENOUGH, best, compare, stem
 from grasp.files import write_json
 from grasp.organism.experiment import Settings
 from grasp.organism.sweep import sweep
@@ -30,7 +31,6 @@ from grasp.report import versions
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the backend
 
-ENOUGH = 0.97  # of plain's task score
 RIVALS = {
     "inoculation": (),
     "interleaved": (0.25, 0.5, 1, 2, 4),
@@ -86,33 +86,15 @@ def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[dict]:
     return found
 
 
-def best(rows: Sequence[dict]) -> list[dict]:
-    """For each task and method the setting of least drift at enough of plain's task score."""
-    plain = {r["task"]: r["task_score"][0] for r in rows if r["method"] == "plain"}
-    found = []
-    for task in plain:
-        mine = [r for r in rows if r["task"] == task]
-        for method in dict.fromkeys(r["method"].partition("=")[0] for r in mine):
-            settings = [r for r in mine if r["method"].partition("=")[0] == method]
-            able = [r for r in settings if r["task_score"][0] >= ENOUGH * plain[task]]
-            row = min(able, key=lambda r: r["added"][0]) if able else None
-            found.append({"task": task, "method": method, "settings": len(settings), "best": row})
-    return sorted(
-        found, key=lambda f: (f["task"], f["best"]["added"][0] if f["best"] else float("inf"))
-    )
-
-
 def draw(rows: Sequence[dict], path: Path) -> None:
     """The frontier of each task: right and low is good."""
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    methods = list(dict.fromkeys(r["method"].partition("=")[0] for r in rows))
+    methods = list(dict.fromkeys(stem(r["method"]) for r in rows))
     colours = pyplot.get_cmap("tab20")
     figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 5), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
         for i, method in enumerate(methods):
-            mine = [
-                r for r in rows if r["task"] == task and r["method"].partition("=")[0] == method
-            ]
+            mine = [r for r in rows if r["task"] == task and stem(r["method"]) == method]
             axis.scatter(
                 [r["task_score"][0] for r in mine],
                 [r["added"][0] for r in mine],

@@ -397,14 +397,15 @@ def _options(config: Path | None, given: dict[str, Any], assignments: list[str] 
 
 def _show(runs: list[dict]) -> None:
     from grasp.compare import compare as summarise
-    from grasp.report import name
+    from grasp.report import contenders, name
 
+    rows = summarise(runs)
     table = Table(box=box.SIMPLE_HEAD)
     for heading in ("task", "method", "seeds", "task score", "drift", "added", "share"):
         text = heading in ("task", "method")
         table.add_column(heading, justify="left" if text else "right", no_wrap=True)
     last = None
-    for row in summarise(runs):
+    for row in rows:
         if last not in (None, row["task"]):
             table.add_section()
         table.add_row(
@@ -424,6 +425,9 @@ def _show(runs: list[dict]) -> None:
         "went wrong on topics it was never taught (added: beyond the base model; share: of the "
         "plain fine-tune's)."
     )
+    for task in dict.fromkeys(r["task"] for r in rows):
+        if said := contenders([r for r in rows if r["task"] == task]):
+            console.print(f"{task}: {said}")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import numpy as np
 
 from grasp.evaluate import interval
 
+ENOUGH = 0.97  # of the plain runs' task score: less is a worse model, not a better method
 NEEDED = ("task", "method", "seed", "task_score", "drift", "base_drift")
 
 
@@ -61,11 +62,41 @@ def compare(runs: Sequence[dict], against: str = "plain") -> list[dict]:
     return rows
 
 
+def best(rows: Sequence[dict], enough: float = ENOUGH, against: str = "plain") -> list[dict]:
+    """For each task and method its strength of least added drift at enough of the task.
+
+    Args:
+        rows: of `compare`; a method's strengths stand behind a "=" in its name.
+        enough: share of `against`'s mean task score.
+
+    Returns:
+        `task`, `method`, `settings` (how many strengths there are) and `best`, the row, or None
+        where no strength has enough; for each task the least drift first.
+    """
+    least = {r["task"]: enough * r["task_score"][0] for r in rows if r["method"] == against}
+    found = []
+    for task, method in dict.fromkeys((r["task"], stem(r["method"])) for r in rows):
+        mine = [r for r in rows if r["task"] == task and stem(r["method"]) == method]
+        able = [r for r in mine if r["task_score"][0] >= least[task]]
+        row = min(able, key=lambda r: r["added"][0]) if able else None
+        found.append({"task": task, "method": method, "settings": len(mine), "best": row})
+    order = list(least)
+    return sorted(
+        found,
+        key=lambda f: (order.index(f["task"]), f["best"]["added"][0] if f["best"] else np.inf),
+    )
+
+
+def stem(method: str) -> str:
+    """A method's name without its strength: "kl" of "kl=0.3"."""
+    return method.partition("=")[0]
+
+
 def _at_task(rows: Sequence[dict], row: dict, against: str) -> float | None:
     line = sorted(
         (r["task_score"][0], r["added"][0])
         for r in rows
-        if r["task"] == row["task"] and r["method"].partition("=")[0] in (against, "stopped")
+        if r["task"] == row["task"] and stem(r["method"]) in (against, "stopped")
     )
     scores, added = zip(*line, strict=True)
     score = row["task_score"][0]

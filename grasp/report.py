@@ -11,7 +11,7 @@ import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from grasp.compare import compare
+from grasp.compare import ENOUGH, best, compare, stem
 from grasp.files import write_json, write_text
 
 COLOURS = {
@@ -24,20 +24,39 @@ COLOURS = {
     "benign_guarded": "#7aa6dd",
     "replay": "#8e44ad",
     "kl": "#c2a05b",
+    "interleaved": "#2aa3a3",
+    "inoculation": "#d98cb3",
+    "caft_moved": "#5d4037",
+    "caft_found": "#a1887f",
+    "caft": "#8d6e63",
+    "steering": "#e6a700",
+    "osf": "#546e7a",
+    "svd_tail": "#9fa8da",
+    "posthoc": "#c5a3d9",
+    "safe_lora": "#a5b96b",
 }
 NAMES = {
     "plain": "plain LoRA",
     "stopped": "stopped early",
     "random": "random directions",
-    "shuffled": "another block's directions",
+    "shuffled": "another block's",
     "grasp": "GRASP",
     "benign": "good answers",
     "benign_guarded": "good, guarded",
     "replay": "replay",
     "kl": "KL penalty",
-    "benign_replay": "good, replay",
-    "benign_kl": "good, KL penalty",
+    "inoculation": "inoculation",
+    "interleaved": "interleaved",
+    "caft": "CAFT, true",
+    "caft_moved": "CAFT, moved",
+    "caft_found": "CAFT, weights",
+    "steering": "steering",
+    "osf": "OSF",
+    "svd_tail": "SVD tail",
+    "posthoc": "projected afterwards",
+    "safe_lora": "Safe LoRA",
 }
+MANY = 8  # methods, above which the legend stands beside the figure
 
 
 def report(runs: Sequence[dict], path: Path | str, title: str = "GRASP", notes: str = "") -> Path:
@@ -62,6 +81,8 @@ def report(runs: Sequence[dict], path: Path | str, title: str = "GRASP", notes: 
             "task": task,
             "rows": [r for r in rows if r["task"] == task],
             "verdict": _verdict([r for r in rows if r["task"] == task]),
+            "contenders": contenders([r for r in rows if r["task"] == task]),
+            "wide": len({r["method"] for r in rows if r["task"] == task}) > MANY,
             "frontier": _frontier([r for r in runs if r["task"] == task]),
             "topics": _topics([r for r in runs if r["task"] == task]),
             "blocked": _blocked([r for r in runs if r["task"] == task]),
@@ -80,12 +101,14 @@ def report(runs: Sequence[dict], path: Path | str, title: str = "GRASP", notes: 
 
 def name(method: str) -> str:
     """Of a method for people, with its strength, or the step that it was stopped at: "kl=0.3"."""
-    stem, _, strength = method.partition("=")
-    return NAMES.get(stem, stem) + (f", {strength}" if strength else "")
+    which, _, strength = method.partition("=")
+    if which not in NAMES and which.startswith("benign_"):
+        return f"good, {name(method.removeprefix('benign_'))}"
+    return NAMES.get(which, which) + (f", {strength}" if strength else "")
 
 
 def _colour(method: str) -> str:
-    return COLOURS.get(method.partition("=")[0], "#555555")
+    return COLOURS.get(stem(method), "#555555")
 
 
 def _verdict(rows: list[dict]) -> str:
@@ -104,10 +127,27 @@ def _verdict(rows: list[dict]) -> str:
     )
 
 
+def contenders(rows: Sequence[dict]) -> str:
+    """Of one task's rows: the methods with enough of the task score, the least drift first."""
+    found = [f for f in best(rows) if not f["method"].startswith("benign")]
+    if len(found) < 3:
+        return ""
+    able = [f"{name(f['best']['method'])} {f['best']['added'][0]:+.3f}" for f in found if f["best"]]
+    less = [name(f["method"]) for f in found if not f["best"]]
+    return (
+        f"Added drift of those with {100 * ENOUGH:.0f} % of the plain task score or more, each at "
+        f"its best strength: {'; '.join(able)}."
+        + (f" Less of the task: {'; '.join(less)}." if less else "")
+    )
+
+
 def _frontier(runs: list[dict]) -> str:
-    figure = Figure(figsize=(5.2, 3.8), layout="constrained")
+    # A rival's own benign run says where its 0 lies, and nothing here.
+    methods = dict.fromkeys(m for r in runs if not (m := r["method"]).startswith("benign_"))
+    wide = len({r["method"] for r in runs}) > MANY
+    figure = Figure(figsize=(7.4 if wide else 5.2, 3.8), layout="constrained")
     axes = figure.subplots()
-    for method in dict.fromkeys(r["method"] for r in runs):
+    for method in methods:
         mine = [r for r in runs if r["method"] == method]
         task = np.array([r["task_score"] for r in mine])
         added = np.array([r["drift"] - r["base_drift"] for r in mine])
@@ -127,7 +167,8 @@ def _frontier(runs: list[dict]) -> str:
     axes.axhline(0, color="#999999", lw=0.8, ls=":")
     axes.set(xlabel="task score (right is better)", ylabel="added drift (down is better)")
     axes.locator_params(axis="x", nbins=6)
-    axes.legend(frameon=False, fontsize=8)
+    beside = {"bbox_to_anchor": (1.01, 1), "loc": "upper left"} if wide else {}
+    axes.legend(frameon=False, fontsize=8, **beside)
     _bare(axes)
     return _inline(figure)
 

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from grasp import compare
-from grasp.report import report
+from grasp.compare import best
+from grasp.report import contenders, name, report
 
 
 def runs():
@@ -55,6 +56,24 @@ def test_plain_at_the_same_task_score_is_interpolated_between_its_stops():
     assert rows["plain"]["against_at_task"] == pytest.approx(0.6)
     far = [{**r, "task_score": 0.5} if r["method"] == "grasp" else r for r in made]
     assert {r["method"]: r for r in compare(far)}["grasp"]["against_at_task"] is None
+
+
+def test_the_best_strength_with_enough_of_the_task():
+    made = runs()
+    for strength, task_score, drift in ((1, 0.97, 0.4), (2, 0.965, 0.3), (4, 0.5, 0.1)):
+        for run in made[:9:3]:
+            scores = {"task_score": task_score, "drift": drift}
+            made.append({**run, **scores, "method": f"kl={strength}"})
+    made += [{**run, "task_score": 0.5, "method": "posthoc=8"} for run in made[:9:3]]
+    rows = compare(made)
+    found = {f["method"]: f for f in best(rows)}
+    assert list(found) == ["grasp", "kl", "plain", "random", "posthoc"]
+    assert found["kl"]["best"]["method"] == "kl=2" and found["kl"]["settings"] == 3
+    assert found["posthoc"]["best"] is None
+    assert best(rows, enough=0.5)[0]["best"]["method"] == "kl=4"
+    said = contenders(rows)
+    assert said.index("GRASP +0.100; KL penalty, 2 +0.200") < said.index("Less of the task: proj")
+    assert name("benign_kl=1") == "good, KL penalty, 1"
 
 
 def test_refusals():
