@@ -259,8 +259,12 @@ def compare(
     out: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
     folder: Annotated[Path | None, typer.Option(help="Where the data files lie.")] = None,
     seed: Annotated[int | None, typer.Option(help="Run this seed alone.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other key: --set seeds=[3] --set finetune.steps=160"),
+    ] = None,
 ) -> None:
-    """Plain, guarded and control fine-tunes of your model on your data, scored and drawn."""
+    """Plain, guarded, control and rival fine-tunes on your data, scored and drawn."""
     from grasp import study
     from grasp.files import read_json
     from grasp.report import report, versions
@@ -275,7 +279,7 @@ def compare(
             "folder": str(folder) if folder else None,
             "seeds": None if seed is None else [seed],
         }
-        options = _options(config, given, None)
+        options = _options(config, given, set_)
         chosen = study.study_from(options)
         content, folder, notes = study.run(chosen), Path(chosen.out), versions()
     _show(content["runs"])
@@ -391,7 +395,13 @@ def _options(config: Path | None, given: dict[str, Any], assignments: list[str] 
         key, equals, value = assignment.partition("=")
         if not equals:
             raise ValueError(f"--set {assignment!r} has no '='; write --set key=value")
-        options[key] = yaml.safe_load(value)
+        *outer, last = key.split(".")
+        inside = options
+        for name in outer:  # "finetune.steps" is the key steps of what stands under finetune
+            inside = inside.setdefault(name, {})
+            if not isinstance(inside, dict):
+                raise ValueError(f"--set {assignment!r}: {name} holds no keys")
+        inside[last] = yaml.safe_load(value)
     return options
 
 

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from grasp import cli
 from grasp.organism import World
 
+STUDY = Path(__file__).parent.parent / "benchmarks" / "medicine.yaml"
 COMMANDS = ("demo", "finetune", "discover", "evaluate", "compare", "screen", "report", "doctor")
 
 
@@ -158,6 +160,11 @@ def test_doctor():
         (("discover", "none"), "no adapter in none"),
         (("discover",), "give folders of adapters, or --model and --data"),
         (("compare",), "give either --config"),
+        (
+            ("compare", "--config", STUDY, "--set", "finetune.steps=0"),
+            "steps is 0; give 1 or more",
+        ),
+        (("compare", "--config", STUDY, "--set", "task.x=0"), "task holds no keys"),
         (("compare", "--runs", "none.json"), "none.json"),
         (("screen", "none", "--out", "x.json"), "no finished guarded run in none"),
         (("evaluate", "--model", "no-model", "--out", "x.json"), "can't load model 'no-model'"),
