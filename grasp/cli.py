@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from grasp.config import options_from, read_config
 
 app = typer.Typer(
     help="Fine-tune without picking up what nobody asked for.",
@@ -26,7 +27,7 @@ console = Console()
 def _use_config(context: typer.Context, path: Path | None) -> Path | None:
     """Let a YAML file's keys stand in for options that are not given."""
     if path is not None:
-        options = _read_config(path)
+        options = read_config(path)
         known = {p.name for p in context.command.params}
         if unknown := sorted(set(options) - known):
             raise ValueError(f"{path}: unknown option {unknown[0]!r}; see --help")
@@ -114,7 +115,7 @@ def finetune(
         "subspaces": subspaces,
         "reference": reference,
     }
-    options = _options(config, given, set_)
+    options = options_from(config, given, set_)
     settings = settings_from(options)
     adapter = pipeline.run(settings) if best_of == 1 else pipeline.best_of(settings, best_of)
     certificate = adapter.parent / "grasp.json"
@@ -279,7 +280,7 @@ def compare(
             "folder": str(folder) if folder else None,
             "seeds": None if seed is None else [seed],
         }
-        options = _options(config, given, set_)
+        options = options_from(config, given, set_)
         chosen = study.study_from(options)
         content, folder, notes = study.run(chosen), Path(chosen.out), versions()
     _show(content["runs"])
@@ -374,35 +375,6 @@ def doctor(
     for key, value in about.items():
         table.add_row(key, value)
     console.print(table)
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"no config at {path}")
-    try:
-        options = yaml.safe_load(path.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is no YAML ({error})") from error
-    if not isinstance(options, dict):
-        raise ValueError(f"{path} holds no keys; write one `key: value` a line")
-    return options
-
-
-def _options(config: Path | None, given: dict[str, Any], assignments: list[str] | None) -> dict:
-    options = _read_config(config) if config is not None else {}
-    options |= {k: v for k, v in given.items() if v is not None}
-    for assignment in assignments or []:
-        key, equals, value = assignment.partition("=")
-        if not equals:
-            raise ValueError(f"--set {assignment!r} has no '='; write --set key=value")
-        *outer, last = key.split(".")
-        inside = options
-        for name in outer:  # "finetune.steps" is the key steps of what stands under finetune
-            inside = inside.setdefault(name, {})
-            if not isinstance(inside, dict):
-                raise ValueError(f"--set {assignment!r}: {name} holds no keys")
-        inside[last] = yaml.safe_load(value)
-    return options
 
 
 def _show(runs: list[dict]) -> None:

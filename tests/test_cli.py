@@ -152,6 +152,7 @@ def test_doctor():
         (("finetune",), "model is missing; give --model"),
         (("finetune", "--config", "none.yaml"), "no config at none.yaml"),
         (("finetune", "--set", "rank"), "write --set key=value"),
+        (("finetune", "--set", "rank=["), "has no YAML after its '='"),
         (("finetune", "--set", "rankk=3"), "unknown setting 'rankk'"),
         (
             ("finetune", "--model", "organism", "--data", "none.jsonl", "--out", "x"),
