@@ -70,6 +70,8 @@ class Study:
     """Where the data files lie, if their paths are relative to it."""
     finetune: dict = field(default_factory=dict)
     """Any other setting of `settings.Settings`; what only some methods take goes to those."""
+    by_method: dict[str, dict] = field(default_factory=dict)
+    """Settings of one method in place of those above: `{grasp: {steps: 100}}`."""
 
     def check(self) -> None:
         """Refuse what can't be run before anything is loaded.
@@ -80,6 +82,8 @@ class Study:
         for method in self.methods:
             if method.partition("=")[0] not in METHODS:
                 raise ValueError(f"methods has {method!r}; choose among {', '.join(METHODS)}")
+        if odd := sorted(set(self.by_method) - set(self.methods)):
+            raise ValueError(f"by_method has {odd[0]!r}, which is not among methods")
         if "plain" not in self.methods:
             raise ValueError("methods lacks 'plain', which the others are compared with")
         if not self.benign and (odd := [m for m in self.methods if m.startswith("benign")]):
@@ -112,6 +116,7 @@ class Study:
         name, _, strength = method.partition("=")
         trained = BENIGN.get(name, name)
         common = {k: v for k, v in self.finetune.items() if k not in NEEDED or trained in NEEDED[k]}
+        common |= self.by_method.get(method, {})
         if strength:
             if STRENGTHS.get(trained) is None:
                 raise ValueError(f"methods has {method!r}, but {name} has no strength; drop it")

@@ -114,7 +114,10 @@ def test_pairs_of_several_seeds_are_pooled_by_item():
 def test_rivals_stand_beside_the_guard(config):
     config["finetune"]["steps"] = 40
     config |= {"stops": [], "methods": ["plain", "replay=2", "kl=3", "benign", "benign_replay=2"]}
-    result = study.run(study.study_from(config))
+    config["by_method"] = {"kl=3": {"steps": 60}}
+    chosen = study.study_from(config)
+    assert [chosen.settings(m, 0).steps for m in ("plain", "kl=3")] == [40, 60]
+    result = study.run(chosen)
     by = {r["method"]: r for r in result["runs"]}
     assert by["replay=2"]["base_drift"] == by["benign_replay=2"]["drift"]
     assert by["kl=3"]["base_drift"] == by["benign"]["drift"]  # there is no benign run of its own
@@ -134,6 +137,8 @@ def test_the_configs_of_the_benchmarks_are_studies(path):
         ({"methods": ["grasp"]}, "lacks 'plain'"),
         ({"methods": ["plain", "magic"]}, "choose among"),
         ({"methods": ["plain", "safe_lora"]}, "'safe_lora' without 'benign', which it starts from"),
+        ({"by_method": {"kl": {"steps": 9}}}, "by_method has 'kl', which is not among methods"),
+        ({"by_method": {"grasp": {"steps": 0}}}, "steps is 0; give 1 or more"),
         ({"methods": ["plain", "grasp=2"]}, "grasp has no strength"),
         ({"methods": ["plain", "kl=much"]}, "give a number after the ="),
         ({"methods": ["plain", "kl=-1"]}, "strength is -1.0; give a positive number"),
