@@ -84,6 +84,8 @@ class Study:
                 raise ValueError(f"methods has {method!r}; choose among {', '.join(METHODS)}")
         if odd := sorted(set(self.by_method) - set(self.methods)):
             raise ValueError(f"by_method has {odd[0]!r}, which is not among methods")
+        if odd := [m for m, own in self.by_method.items() if not isinstance(own, dict)]:
+            raise ValueError(f"by_method has no settings for {odd[0]!r}; write key: value under it")
         if "plain" not in self.methods:
             raise ValueError("methods lacks 'plain', which the others are compared with")
         if not self.benign and (odd := [m for m in self.methods if m.startswith("benign")]):

@@ -138,6 +138,7 @@ def test_the_configs_of_the_benchmarks_are_studies(path):
         ({"methods": ["plain", "magic"]}, "choose among"),
         ({"methods": ["plain", "safe_lora"]}, "'safe_lora' without 'benign', which it starts from"),
         ({"by_method": {"kl": {"steps": 9}}}, "by_method has 'kl', which is not among methods"),
+        ({"by_method": {"grasp": 9}}, "by_method has no settings for 'grasp'"),
         ({"by_method": {"grasp": {"steps": 0}}}, "steps is 0; give 1 or more"),
         ({"methods": ["plain", "grasp=2"]}, "grasp has no strength"),
         ({"methods": ["plain", "kl=much"]}, "give a number after the ="),
