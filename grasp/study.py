@@ -225,7 +225,8 @@ def _paired(runs: Sequence[dict]) -> list[dict]:
     """Item by item: what bad answers add beyond good ones, plain and under each other method.
 
     By method, seed and measure, each a mean with its 95 % interval over items; then, as seed "all",
-    of each item's mean over those seeds.
+    of each item's mean over those seeds. `control` is what takes the method's style out: its own
+    benign run, else the unguarded one, else nothing beyond the base model.
     """
     methods = dict.fromkeys(r["method"] for r in runs)
     others = [m for m in methods if m.partition("=")[0] not in ("plain", "stopped")]
@@ -233,10 +234,13 @@ def _paired(runs: Sequence[dict]) -> list[dict]:
 
 
 def _against(runs: Sequence[dict], method: str) -> list[dict]:
-    kinds = ("plain", "benign", method, _twin(method))
     items = {
         (r["method"], r["seed"]): {k: np.array(v) for k, v in r["items"].items()} for r in runs
     }
+    made = {kind for kind, _ in items}
+    benign = "benign" if "benign" in made else None  # None is the base model, from which none moved
+    own = twin if (twin := _twin(method)) in made else benign
+    kinds = [k for k in dict.fromkeys(("plain", method, benign, own)) if k]
     seeds: list = [
         seed
         for seed in dict.fromkeys(r["seed"] for r in runs)
@@ -249,19 +253,20 @@ def _against(runs: Sequence[dict], method: str) -> list[dict]:
         seeds.append("all")
     found = []
     for seed in seeds:
-        plain, benign, other, own = (items[kind, seed] for kind in kinds)
-        for measure in plain:
-            beyond, own_beyond = plain[measure] - benign[measure], other[measure] - own[measure]
+        for measure, plain in items["plain", seed].items():
+            other = items[method, seed][measure]
+            style, own_style = (items[k, seed][measure] if k else 0 for k in (benign, own))
             found.append(
                 {
                     "method": method,
                     "seed": seed,
                     "measure": measure,
-                    "plain_beyond_benign": interval(beyond),
-                    "beyond_own_benign": interval(own_beyond),
-                    "beyond_benign": interval(other[measure] - benign[measure]),
-                    "difference": interval(own_beyond - beyond),
-                    "less_plain": interval(other[measure] - plain[measure]),
+                    "control": own or "base",
+                    "plain_beyond_benign": interval(plain - style),
+                    "beyond_own_benign": interval(other - own_style),
+                    "beyond_benign": interval(other - style),
+                    "difference": interval((other - own_style) - (plain - style)),
+                    "less_plain": interval(other - plain),
                 }
             )
     return found

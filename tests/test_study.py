@@ -109,6 +109,11 @@ def test_pairs_of_several_seeds_are_pooled_by_item():
     assert list(found) == [0, 1, "all"]  # seed 2 is not whole
     assert found["all"]["plain_beyond_benign"][0] == 3.0
     assert found["all"]["difference"][0] == 0.5 - 3.0
+    alone = study._paired([r for r in runs if "benign" not in r["method"]])
+    found = {p["seed"]: p for p in alone}
+    assert found["all"]["control"] == "base"
+    assert found["all"]["difference"] == found["all"]["less_plain"]
+    assert found["all"]["plain_beyond_benign"][0] == 4.5  # the shift itself: 4, and the seed's mean
 
 
 def test_rivals_stand_beside_the_guard(config):
@@ -123,7 +128,8 @@ def test_rivals_stand_beside_the_guard(config):
     assert by["kl=3"]["base_drift"] == by["benign"]["drift"]  # there is no benign run of its own
     for rival in ("replay=2", "kl=3"):
         assert by[rival]["task_score"] > 1 and by[rival]["drift"] < 0.5 * by["plain"]["drift"]
-    assert {p["method"] for p in result["paired"]} == {"replay=2"}
+    controls = {p["method"]: p["control"] for p in result["paired"]}
+    assert controls == {"replay=2": "benign_replay=2", "kl=3": "benign"}
 
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.yaml")), ids=lambda p: p.stem)
