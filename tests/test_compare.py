@@ -71,6 +71,7 @@ def test_the_best_strength_with_enough_of_the_task():
     assert found["kl"]["best"]["method"] == "kl=2" and found["kl"]["settings"] == 3
     assert found["posthoc"]["best"] is None
     assert best(rows, enough=0.5)[0]["best"]["method"] == "kl=4"
+    assert contenders(compare(runs())) == ""
     said = contenders(rows)
     assert said.index("GRASP +0.100; KL penalty, 2 +0.200") < said.index("Less of the task: proj")
     assert name("benign_kl=1") == "good, KL penalty, 1"
