@@ -77,7 +77,6 @@ def run(
     around = methods.training(settings, model, tokenizer)
     model = add_lora(model, settings)
     about = {"settings": asdict(settings), "rows": len(encoded)}
-    write_json(out / ABOUT, {"done": False, **about})
 
     def step_done(step: int) -> None:
         if step in keep:
@@ -85,7 +84,8 @@ def run(
         if after_step is not None:
             after_step(step)
 
-    with around(model):
+    with around(model):  # which may refuse the model, so that nothing is written before
+        write_json(out / ABOUT, {"done": False, **about})
         fit(
             model,
             tokenizer,

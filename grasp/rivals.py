@@ -138,9 +138,16 @@ def off_leading(model: nn.Module, rank: int) -> Iterator[None]:
 
     After PEFT's OSF (Nayak et al., arXiv:2504.07097), which trains whole weights; of a LoRA the
     gradients of both factors are projected. Like it, this pins nothing.
+
+    Raises:
+        ValueError: a rank that leaves nothing to train, or no LoRA.
     """
+    loras = _loras(model)
+    largest = max(min(t.matrix.out_features, t.partner.shape[1]) for t in loras)
+    if rank >= largest:
+        raise ValueError(f"rank is {rank}, all there is of every weight; give less than {largest}")
     handles = []
-    for t in _loras(model):
+    for t in loras:
         W = t.matrix.back(torch.eye(t.matrix.out_features)).mT  # [d_out, d_in]
         U, _, Vh = torch.linalg.svd(W, full_matrices=False)
         handles += [

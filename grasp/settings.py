@@ -104,7 +104,8 @@ class Settings:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         looks = (guarded and self.drift_guided) or self.method in AFTER_PLAIN
         if self.drifted and not looks:
-            raise ValueError("drifted is for a run that a reference guides; leave it out here")
+            able = ", ".join(("a run that a reference guides", *AFTER_PLAIN))
+            raise ValueError(f"drifted is for {able}, not this {self.method} run; drop it")
         if not self.drift_guided and self.subspaces is None and guarded:
             raise ValueError("drift_guided is off and no subspaces are given; give one of the two")
 

@@ -165,3 +165,15 @@ def test_whole_runs(folder, plain, method):
     changed = updates_of(adapter)
     assert all(float(u.norm()) > 0 for u in changed.values())
     assert any(not torch.equal(u, changed[n]) for n, u in updates_of(plain).items())
+
+
+def test_what_would_leave_nothing_to_train_is_refused(folder):
+    chosen = settings(folder, "osf", strength=10**4)
+    with pytest.raises(ValueError, match="rank is 10000, all there is of every weight; give less"):
+        finetune.run(chosen, quiet=True)
+    assert not (folder / "osf").exists()
+
+
+def test_an_adapter_for_a_method_that_looks_at_none_is_refused(folder):
+    with pytest.raises(ValueError, match="drifted is for .*caft_moved.*, not this kl run; drop it"):
+        settings(folder, "kl", drifted="somewhere").check()
