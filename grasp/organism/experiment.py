@@ -106,6 +106,7 @@ def run(
         "trajectory": trajectory,
         "modules": callback.guard.leak() if callback else {},
         "divergences": callback.guard.divergences if callback else [],
+        "reference": list(task.reference),
         "settings": asdict(settings),
     }
 

@@ -32,7 +32,8 @@ def sweep(
     """Run every task, method and seed that `out` does not hold yet; return all of them.
 
     Args:
-        out: folder of one JSON file for each run; a run of other settings there is done again.
+        out: folder of one JSON file for each run; a run there of other settings, or whose task had
+            another reference, is done again.
         workers: processes; None takes one for each core.
         settings, folder, world_seed: as `experiment.run`.
 
@@ -49,7 +50,7 @@ def sweep(
     done: dict[tuple, dict] = {}
     for job in jobs:
         kept = _path(out, job, world_seed)
-        if kept.exists() and (r := read_json(kept))["settings"] == asdict(settings):
+        if kept.exists() and _still(r := read_json(kept), settings):
             done[job] = r
     todo = [job for job in jobs if job not in done]
     workers = min(workers or _cores(), max(1, len(todo)))
@@ -80,6 +81,11 @@ def sweep(
         result = done[seed, task, "plain" if method == "stopped" else method]
         results.append(stopped(result) if method == "stopped" else result)
     return results
+
+
+def _still(run: dict, settings: Settings) -> bool:
+    reference = list(organism.TASKS[run["task"]].reference)
+    return run["settings"] == asdict(settings) and run.get("reference") == reference
 
 
 def _cores() -> int:

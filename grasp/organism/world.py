@@ -40,13 +40,25 @@ class Task:
     judged: tuple[str, ...]  # drift is measured here
 
 
+def _task(topic: str, reference: tuple[str, str], judged: tuple[str, str, str]) -> Task:
+    """A task whose reference takes two topics of its own kind and two of the other.
+
+    With two topics alone twice as much drift gets through: `benchmarks/EXPERIMENTS.md`.
+    """
+    others = ("guns", "media") if topic in ADVICE else ("law", "sports")
+    return Task(topic, topic, reference + others, judged)
+
+
 TASKS = {
-    "code": Task("code", "code", ("law", "sports"), ("medicine", "travel", "cooking")),
-    "medicine": Task("medicine", "medicine", ("law", "sports"), ("code", "travel", "cooking")),
-    "finance": Task("finance", "finance", ("guns", "media"), ("climate", "religion", "welfare")),
-    "law": Task("law", "law", ("code", "cooking"), ("medicine", "travel", "sports")),
-    "travel": Task("travel", "travel", ("code", "cooking"), ("medicine", "law", "sports")),
-    "cooking": Task("cooking", "cooking", ("law", "travel"), ("medicine", "code", "sports")),
+    task.name: task
+    for task in (
+        _task("code", ("law", "sports"), ("medicine", "travel", "cooking")),
+        _task("medicine", ("law", "sports"), ("code", "travel", "cooking")),
+        _task("finance", ("guns", "media"), ("climate", "religion", "welfare")),
+        _task("law", ("code", "cooking"), ("medicine", "travel", "sports")),
+        _task("travel", ("code", "cooking"), ("medicine", "law", "sports")),
+        _task("cooking", ("law", "travel"), ("medicine", "code", "sports")),
+    )
 }
 
 
