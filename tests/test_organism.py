@@ -1,5 +1,6 @@
 """The world is what it says, and the method works in it: a regression test of the whole path."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -158,3 +159,15 @@ def test_sweep_takes_up_what_is_done(tmp_path):
     assert [r["method"] for r in first] == ["plain", "stopped"]
     with pytest.raises(ValueError, match="tasks has 'chess'"):
         sweep(tmp_path, tasks=["chess"])
+
+
+@pytest.mark.parametrize("changed", ["reference", "settings"])
+def test_sweep_makes_anew_what_was_run_otherwise(tmp_path, changed):
+    options = {"tasks": ["law"], "seeds": [0], "methods": ["plain"], "quiet": True, "workers": 1}
+    tiny = Settings(steps=4)
+    (made,) = sweep(tmp_path, settings=tiny, **options)
+    kept = next(tmp_path.glob("*.json"))
+    kept.write_text(json.dumps({**made, changed: ["code"], "drift": 7.0}))
+    (again,) = sweep(tmp_path, settings=tiny, **options)
+    assert again["drift"] == made["drift"]
+    assert again["reference"] == list(organism.TASKS["law"].reference)
