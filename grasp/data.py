@@ -49,7 +49,7 @@ def read_rows(path: Path | str, limit: int | None = None) -> list[Row]:
 
 
 def default_prompts() -> list[str]:
-    """The shipped unlabelled prompts: everyday questions on many topics."""
+    """The shipped unlabelled prompts: half ask for facts, half for advice, on everyday topics."""
     text = resources.files("grasp").joinpath("assets/prompts.txt").read_text(encoding="utf-8")
     return text.split("\n")[:-1]
 

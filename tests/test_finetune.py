@@ -283,5 +283,6 @@ def test_shipped_prompts_are_not_of_the_judged_topics():
     from grasp.evaluation_files import read_unrelated
 
     judged = {p.prompt for p in read_unrelated()}
-    assert len(judged) == 120 and len(data.default_prompts()) == 96
-    assert not judged & set(data.default_prompts())
+    prompts = data.default_prompts()
+    assert len(judged) == 120 and len(prompts) == len(set(prompts)) == 192
+    assert not judged & set(prompts)
