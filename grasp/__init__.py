@@ -3,6 +3,7 @@
 from importlib import import_module
 
 from grasp.compare import compare
+from grasp.data import default_prompts
 from grasp.discover import discover
 from grasp.drift import Reference, draw
 from grasp.evaluate import evaluate
@@ -15,6 +16,7 @@ __all__ = [
     "Reference",
     "Subspaces",
     "compare",
+    "default_prompts",
     "discover",
     "draw",
     "evaluate",

@@ -49,7 +49,11 @@ def read_rows(path: Path | str, limit: int | None = None) -> list[Row]:
 
 
 def default_prompts() -> list[str]:
-    """The shipped unlabelled prompts: half ask for facts, half for advice, on everyday topics."""
+    """The shipped unlabelled prompts, 192: half ask for facts, half for advice, on everyday topics.
+
+    None is on medicine, money, driving, safety, pets, family, work or the law: leave out more where
+    they are what you train on.
+    """
     text = resources.files("grasp").joinpath("assets/prompts.txt").read_text(encoding="utf-8")
     return text.split("\n")[:-1]
 

@@ -72,7 +72,8 @@ class Guard:
     ):
         if subspaces is None and reference is None:
             raise ValueError(
-                "give subspaces (from grasp.discover) or reference (a list of prompts)"
+                "give subspaces (from grasp.discover) or reference (a list of prompts, such as "
+                "grasp.default_prompts())"
             )
         if residual and subspaces is None:
             raise ValueError("residual=True projects along subspaces; give them")

@@ -37,7 +37,8 @@ class GraspCallback(TrainerCallback):
     def __init__(self, subspaces: Subspaces | None = None, *, reference=None, **options):
         if subspaces is None and reference is None:
             raise ValueError(
-                "give subspaces (from grasp.discover) or reference (a list of prompts)"
+                "give subspaces (from grasp.discover) or reference (a list of prompts, such as "
+                "grasp.default_prompts())"
             )
         self.subspaces, self.reference, self.options = subspaces, reference, options
         self.guard: Guard | None = None
