@@ -52,11 +52,13 @@ def replayed(
 ) -> list[Row]:
     """`count` of the base model's own answers to unrelated prompts, drawn, as rows to interleave.
 
-    Nothing is labelled: the model is taught what it would have said. In expectation this is a
-    penalty on KL(base ‖ model) there. Source: self-distillation against forgetting (Yang et al.,
+    Nothing is labelled: the model is taught what it would have said. The prompts come round in an
+    order that the seed draws, so that a few are of all kinds. In expectation this is a penalty on
+    KL(base ‖ model) there. Source: self-distillation against forgetting (Yang et al.,
     arXiv:2402.13669), with other prompts in place of rewritten answers.
     """
-    asked = [prompts[i % len(prompts)] for i in range(count)]
+    order = torch.randperm(len(prompts), generator=torch.Generator().manual_seed(seed)).tolist()
+    asked = [prompts[order[i % len(order)]] for i in range(count)]
     drawn = draw(model, asked, tokenizer, tokens=tokens, seed=seed)
     answers = [
         tokenizer.decode([t for t in labels if t != IGNORED], skip_special_tokens=True)

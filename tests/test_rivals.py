@@ -158,6 +158,14 @@ def test_replayed_rows_are_what_the_base_model_says():
         assert abs(share - float(chance[likely])) < 0.2  # 100 draws: four deviations
 
 
+def test_few_replayed_rows_are_of_all_kinds():
+    model, tokenizer = organism.load()
+    prompts = organism.World(0).prompts(["law", "guns"])
+    rows = rivals.replayed(model, prompts, tokenizer, 20, tokens=1, seed=0)
+    assert len({r.prompt for r in rows}) == 20
+    assert min(sum(r.prompt.startswith(t) for r in rows) for t in ("law", "guns")) >= 4
+
+
 def test_names_of_methods():
     assert Method.of("kl=0.3") == Method("kl", 0.3)
     assert Method.of("kl") == Method("kl", STRENGTHS["kl"])
