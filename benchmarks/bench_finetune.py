@@ -35,7 +35,7 @@ def measure(device: torch.device, quick: bool) -> list[dict]:
             optimizer.zero_grad()
 
         if guarded:
-            prompts = default_prompts()[: 16 if quick else 96]
+            prompts = default_prompts()[: 16 if quick else None]
             options = {"tokenizer": tokenizer, "rank": 4, "every": 1, "refresh": 1, "grow": 4}
             guard = Guard(model, reference=prompts, optimizer=optimizer, **options).attach()
             step()  # grows its bases

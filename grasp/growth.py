@@ -35,7 +35,7 @@ def check(
     if read_rank is not None and read_rank < 1:
         raise ValueError(f"read_rank is {read_rank}; give 1 or more, or None for no limit")
     if not 0 <= read < 1:
-        raise ValueError(f"read is {read}; give a share from 0 up to 1, such as 0.95")
+        raise ValueError(f"read is {read}; give a share from 0 up to 1, such as 0.97")
 
 
 class Growth:
@@ -72,7 +72,7 @@ class Growth:
         self,
         reference: Reference | Sequence,
         *,
-        read: float = 0.95,
+        read: float = 0.97,
         read_rank: int | None = None,
         rank: int = 4,
         tokenizer=None,

@@ -68,7 +68,7 @@ class Settings:
     and the rivals in `AFTER_PLAIN` start from it."""
     drift_guided: bool = True
     """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
-    read: float = 0.95
+    read: float = 0.97
     """Share of the energy of each matrix's inputs on the reference that is blocked."""
     read_rank: int | None = None
     """Largest number of directions of inputs for each matrix; None sets no limit."""
