@@ -25,7 +25,7 @@ class Settings:
     steps: int = 360
     learning_rate: float = 3e-4
     lora_rank: int = 8
-    read: float = 0.95
+    read: float = 0.99
     rank: int = 4
     refresh: int = 5
     grow: int = 2
