@@ -9,6 +9,7 @@ the null space of old inputs as in continual learning (Wang et al. 2021, arXiv:2
 al. 2021, arXiv:2103.09762), with unlabelled prompts in place of old tasks.
 """
 
+import warnings
 from collections.abc import Sequence
 from itertools import islice
 
@@ -20,6 +21,7 @@ from grasp.drift import Reference
 
 TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
 BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done again for the rest
+LARGE = 2**30  # bytes of bases above which their size is told, before memory runs out
 
 
 def input_bases(
@@ -40,6 +42,7 @@ def input_bases(
     """
     inputs = _Inputs(model, matrices, reference)
     bases: dict[str, Tensor] = {}
+    taken = 0
     waiting = list(inputs.owners)
     while waiting:
         size = inputs.count * 4
@@ -49,7 +52,19 @@ def input_bases(
             fits.append(waiting.pop(0))
         for name, X in inputs.collect(fits).items():
             bases[name] = _leading(X, energy, rank)
+            before, taken = taken, taken + bases[name].nbytes
+            if before <= LARGE < taken:
+                _tell(taken, len(bases), len(inputs.owners))
     return {m.name: bases[inputs.owner[m.name]] for m in matrices}
+
+
+def _tell(taken: int, done: int, total: int) -> None:
+    warnings.warn(
+        f"the bases of inputs take {taken / 2**30:.1f} GiB for {done} of {total} distinct inputs "
+        f"already, about {taken * total / done / 2**30:.1f} GiB in all; if that is too much give "
+        "read_rank, the most directions of each, or a smaller read",
+        stacklevel=2,
+    )
 
 
 def _leading(X: Tensor, energy: float, rank: int | None) -> Tensor:

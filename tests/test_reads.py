@@ -67,6 +67,16 @@ def test_memory_is_bounded_and_changes_nothing(monkeypatch):
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
 
 
+def test_large_bases_are_told_before_all_are_made(monkeypatch):
+    model, matrices, reference, whole = found()
+    size = sum({id(V): V.nbytes for V in whole.values()}.values())
+    monkeypatch.setattr(reads, "LARGE", size // 2)
+    with pytest.warns(UserWarning, match=r"of \d+ distinct inputs already.*give read_rank") as told:
+        found()
+    assert len(told) == 1
+    reads.input_bases(model, matrices, reference, 0.9, rank=1)  # small enough: nothing to say
+
+
 def test_fewer_tokens_than_inputs(monkeypatch):
     monkeypatch.setattr(reads, "TOKENS", 10)
     _, _, _, bases = found(0.999)
