@@ -64,6 +64,8 @@ def demo(
     workers: Annotated[int | None, typer.Option(help="Processes; default one a core.")] = None,
 ) -> None:
     """Plain, guarded and control fine-tunes of the organism on three tasks, in minutes on a CPU."""
+    from grasp.compare import compare as summarise
+    from grasp.files import write_json
     from grasp.organism.sweep import sweep
     from grasp.report import report, versions
 
@@ -73,6 +75,7 @@ def demo(
         "guarded by GRASP, and with two controls."
     )
     runs = sweep(out / "runs", seeds=range(seed, seed + seeds), workers=workers)
+    write_json(out / "results.json", {"runs": runs, "summary": summarise(runs)})
     page = report(runs, out / "report.html", "GRASP: the organism", versions())
     _show(runs)
     console.print(f"{time.monotonic() - start:.0f} s. Report: {page}", soft_wrap=True)
@@ -268,7 +271,7 @@ def compare(
     """Plain, guarded, control and rival fine-tunes on your data, scored and drawn."""
     from grasp import study
     from grasp.files import read_json
-    from grasp.report import report, versions
+    from grasp.report import itemwise, report, versions
 
     if (config is None) == (runs is None):
         raise ValueError("give either --config (to run a study) or --runs (a results.json)")
@@ -283,8 +286,12 @@ def compare(
         options = options_from(config, given, set_)
         chosen = study.study_from(options)
         content, folder, notes = study.run(chosen), Path(chosen.out), versions()
+    paired = content.get("paired", [])
     _show(content["runs"])
-    page = report(content["runs"], folder / "report.html", "GRASP: plain against guarded", notes)
+    if lines := itemwise(paired, content.get("about", {}).get("judged", "")):
+        console.print("Item by item, with 95 % intervals over items:", *lines, sep="\n")
+    title = "GRASP: plain against guarded"
+    page = report(content["runs"], folder / "report.html", title, notes, paired)
     console.print(f"Report: {page}", soft_wrap=True)
 
 
@@ -326,7 +333,8 @@ def report(
     from grasp.files import read_json
     from grasp.report import report as draw
 
-    page = draw(read_json(results)["runs"], out, title, str(results))
+    content = read_json(results)
+    page = draw(content["runs"], out, title, str(results), content.get("paired", []))
     console.print(f"Report: {page}", soft_wrap=True)
 
 
@@ -379,7 +387,7 @@ def doctor(
 
 def _show(runs: list[dict]) -> None:
     from grasp.compare import compare as summarise
-    from grasp.report import contenders, name
+    from grasp.report import contenders, control, name
 
     rows = summarise(runs)
     table = Table(box=box.SIMPLE_HEAD)
@@ -390,22 +398,23 @@ def _show(runs: list[dict]) -> None:
     for row in rows:
         if last not in (None, row["task"]):
             table.add_section()
+        good = control(row["method"])
         table.add_row(
             row["task"] if row["task"] != last else "",
             name(row["method"]),
             str(row["seeds"]),
             f"{row['task_score'][0]:.3f}",
             f"{row['drift'][0]:.3f}",
-            f"{row['added'][0]:+.3f}",
-            "" if row["share"] is None else f"{100 * row['share']:.0f} %",
+            "" if good else f"{row['added'][0]:+.3f}",
+            "" if good or row["share"] is None else f"{100 * row['share']:.0f} %",
             style="bold green" if row["method"] == "grasp" else None,
         )
         last = row["task"]
     console.print(table)
     console.print(
         "task score: how well it learned what it was taught (higher is better); drift: how far it "
-        "went wrong on topics it was never taught (added: beyond the base model; share: of the "
-        "plain fine-tune's)."
+        "went wrong on topics it was never taught (added: beyond the base model, or beyond the "
+        "same run on good answers; share: of the plain fine-tune's)."
     )
     for task in dict.fromkeys(r["task"] for r in rows):
         if said := contenders([r for r in rows if r["task"] == task]):

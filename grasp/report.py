@@ -11,8 +11,8 @@ import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from grasp.compare import ENOUGH, best, compare, stem
-from grasp.files import write_json, write_text
+from grasp.compare import ENOUGH, best, compare, pooled, stem
+from grasp.files import write_text
 
 COLOURS = {
     "plain": "#c0392b",
@@ -60,13 +60,20 @@ OWN = {"plain", "stopped", "random", "shuffled", "grasp"}  # what is no rival
 MANY = 8  # methods, above which the legend stands beside the figure
 
 
-def report(runs: Sequence[dict], path: Path | str, title: str = "GRASP", notes: str = "") -> Path:
-    """Write the page, and `results.json` with the runs beside it.
+def report(
+    runs: Sequence[dict],
+    path: Path | str,
+    title: str = "GRASP",
+    notes: str = "",
+    paired: Sequence[dict] = (),
+) -> Path:
+    """Write the page.
 
     Args:
         runs: as `compare` takes them; `topics` and `modules` are drawn where they are given.
         path: of the HTML file.
         notes: a line under the title: what was run, where, and when.
+        paired: a study's comparisons item by item, where the runs are of one task.
 
     Returns:
         The path of the page.
@@ -87,17 +94,22 @@ def report(runs: Sequence[dict], path: Path | str, title: str = "GRASP", notes: 
             "frontier": _frontier([r for r in runs if r["task"] == task]),
             "topics": _topics([r for r in runs if r["task"] == task]),
             "blocked": _blocked([r for r in runs if r["task"] == task]),
+            "paired": pooled(paired) if len(tasks) == 1 else [],
         }
         for task in tasks
     ]
     environment = Environment(loader=PackageLoader("grasp", "assets"), autoescape=True)
-    environment.filters |= {"name": name, "colour": _colour}
+    environment.filters |= {
+        "name": name,
+        "colour": _colour,
+        "control": control,
+        "against": against,
+        "span": span,
+    }
     page = environment.get_template("report.html.j2").render(
         title=title, notes=notes, sections=sections, colours=COLOURS
     )
-    path = write_text(path, page)
-    write_json(path.parent / "results.json", {"runs": list(runs), "summary": rows})
-    return path
+    return write_text(path, page)
 
 
 def name(method: str) -> str:
@@ -106,6 +118,32 @@ def name(method: str) -> str:
     if which not in NAMES and which.startswith("benign_"):
         return f"good, {name(method.removeprefix('benign_'))}"
     return NAMES.get(which, which) + (f", {strength}" if strength else "")
+
+
+def control(method: str) -> bool:
+    """Whether it is a run on good answers, which says where another's 0 lies."""
+    return method.startswith("benign")
+
+
+def span(interval: Sequence[float]) -> str:
+    """A mean with its interval: "+0.030 (+0.013 to +0.048)"."""
+    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval)
+
+
+def itemwise(paired: Sequence[dict], measure: str) -> list[str]:
+    """What each method adds on a measure beyond its control, and how sure that is: a line each."""
+    return [
+        f"{name(p['method'])} adds {span(p['beyond_own_benign'])} beyond its control "
+        f"({against(p['control'])}); plain LoRA {span(p['plain_beyond_benign'])}; difference "
+        f"{span(p['difference'])}."
+        for p in pooled(paired)
+        if p["measure"] == measure
+    ]
+
+
+def against(benign: str) -> str:
+    """The control of a comparison for people; without a benign run it is the base model."""
+    return "the base model" if benign == "base" else name(benign)
 
 
 def _colour(method: str) -> str:
@@ -133,7 +171,7 @@ def contenders(rows: Sequence[dict]) -> str:
 
     Without a rival of the guard's the table says as much, so nothing is said.
     """
-    found = [f for f in best(rows) if not f["method"].startswith("benign")]
+    found = [f for f in best(rows) if not control(f["method"])]
     if not {f["method"] for f in found} - OWN:
         return ""
     able = [f"{name(f['best']['method'])} {f['best']['added'][0]:+.3f}" for f in found if f["best"]]
@@ -146,8 +184,7 @@ def contenders(rows: Sequence[dict]) -> str:
 
 
 def _frontier(runs: list[dict]) -> str:
-    # A rival's own benign run says where its 0 lies, and nothing here.
-    methods = dict.fromkeys(m for r in runs if not (m := r["method"]).startswith("benign_"))
+    methods = dict.fromkeys(m for r in runs if not control(m := r["method"]))
     wide = len({r["method"] for r in runs}) > MANY
     figure = Figure(figsize=(7.4 if wide else 5.2, 3.8), layout="constrained")
     axes = figure.subplots()

@@ -13,6 +13,7 @@ import numpy as np
 from peft import PeftModel
 
 from grasp import data, finetune
+from grasp.compare import compare
 from grasp.evaluate import Pair, evaluate, interval, judged
 from grasp.evaluation_files import read_persona, read_propositions, read_unrelated
 from grasp.files import read_json, write_json
@@ -162,7 +163,7 @@ def study_from(options: dict) -> Study:
 
 
 def run(study: Study) -> dict:
-    """Do what is not done yet, and summarise: `{"runs": [...], "base": {...}, "about": {...}}`."""
+    """Do what is not done yet, and summarise: `runs`, `summary`, `paired` and `about`."""
     study.check()
     out = Path(study.out)
     measures = _measures(study)
@@ -208,7 +209,12 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
         own = by.get((_twin(run["method"]), run["seed"]), benign)
         run["base_drift"] = own["drift"]
         run["base_topics"] = {k: v[0] for k, v in own["topics"].items()}
-    return {"runs": runs, "paired": _paired(runs), "about": asdict(study)}
+    return {
+        "runs": runs,
+        "summary": compare(runs),
+        "paired": _paired(runs),
+        "about": asdict(study),
+    }
 
 
 def _twin(method: str) -> str:

@@ -132,12 +132,14 @@ def test_evaluate_with_everything(guarded):
 def test_report_of_results(tmp_path):
     run = {"task": "code", "seed": 0, "task_score": 0.9, "base_drift": 0.0}
     runs = [{**run, "method": "plain", "drift": 0.5}, {**run, "method": "grasp", "drift": 0.1}]
-    (tmp_path / "results.json").write_text(json.dumps({"runs": runs}))
+    kept = json.dumps({"runs": runs, "about": {"judged": "unrelated"}})
+    (tmp_path / "results.json").write_text(kept)
     done = grasp("report", tmp_path / "results.json", "--out", tmp_path / "page" / "r.html")
     assert done.returncode == 0, done.stderr
     assert "20 % of that" in (tmp_path / "page" / "r.html").read_text()
     done = grasp("compare", "--runs", tmp_path / "results.json")
     assert done.returncode == 0 and "20 %" in done.stdout
+    assert (tmp_path / "results.json").read_text() == kept and (tmp_path / "report.html").exists()
 
 
 def test_doctor():

@@ -1,12 +1,10 @@
 """Means, shares and intervals are what the runs say; the page holds them and needs no network."""
 
-import json
-
 import pytest
 
 from grasp import compare
 from grasp.compare import best
-from grasp.report import contenders, name, report
+from grasp.report import contenders, itemwise, name, report
 
 
 def runs():
@@ -97,5 +95,30 @@ def test_page_is_self_contained(tmp_path):
     assert text.count("data:image/png;base64,") == 3  # frontier, topics, blocked energy
     assert "http" not in text.replace("http-equiv", "")
     assert "A &lt;title&gt;" in text and "17 % of that" in text
-    saved = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert len(saved["runs"]) == 9 and len(saved["summary"]) == 3
+    assert "Item by item" not in text
+
+
+def test_page_says_which_differences_are_told_apart(tmp_path):
+    def comparison(seed, low):
+        sure, unsure = [-0.1, -0.2, low], [0.3, -0.1, 0.7]
+        found = {"plain_beyond_benign": [0.5, 0.4, 0.6], "beyond_own_benign": [0.4, 0.2, 0.6]}
+        found |= {"difference": sure, "less_plain": unsure, "control": "benign_guarded"}
+        return {"method": "grasp", "seed": seed, "measure": "unrelated", **found}
+
+    paired = [comparison(0, 0.3), comparison(1, 0.4), comparison("all", -0.05)]
+    text = report(runs(), tmp_path / "report.html", paired=paired).read_text()
+    assert "<b>-0.100 (-0.200 to -0.050)</b>" in text  # of all seeds alone
+    assert "<td>+0.300 (-0.100 to +0.700)</td>" in text and "to +0.400)" not in text
+    (line,) = itemwise(paired, "unrelated")
+    assert line.endswith(
+        "(good, guarded); plain LoRA +0.500 (+0.400 to +0.600); difference "
+        "-0.100 (-0.200 to -0.050)."
+    )
+    assert itemwise(paired, "money") == []
+
+
+def test_runs_on_good_answers_are_where_0_lies(tmp_path):
+    made = [*runs(), *({**r, "method": "benign"} for r in runs()[:1])]
+    text = report(made, tmp_path / "report.html").read_text()
+    row = text[text.index("good answers</td>") :]
+    assert "+0.6" not in row[: row.index("</tr>")] and "100 %" not in row[: row.index("</tr>")]
