@@ -3,6 +3,8 @@
     python benchmarks/bench_organism.py --aside FOLDER
     python benchmarks/bench_organism.py --aside FOLDER --steps 1080 --methods plain,grasp \
         --runs runs/organism_long --out benchmarks/results/organism_long.json
+    python benchmarks/bench_organism.py --methods plain,bottom --seeds 3 \
+        --out benchmarks/results/organism_bottom.json
 
 Settings were chosen on medicine, law and finance of an earlier world 0 (`EXPERIMENTS.md`). Code and
 travel, and all of world 1 (`python -m grasp.organism.pretrain --seed 1 --out FOLDER`), took no part
@@ -23,14 +25,14 @@ from grasp.organism.experiment import Settings
 from grasp.organism.sweep import sweep
 from grasp.report import versions
 
-METHODS = ("plain", "stopped", "grasp", "random", "shuffled", "caft")
+METHODS = ("plain", "stopped", "grasp", "random", "shuffled", "bottom", "caft")
 WORLD_0 = {"tuned on": ("medicine", "law", "finance"), "kept aside": ("code", "travel")}
 WORLD_1 = ("code", "medicine", "finance", "travel")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--aside", type=Path, required=True, help="weights of world 1")
+    parser.add_argument("--aside", type=Path, help="weights of world 1; without them world 0 alone")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/organism.json"))
     parser.add_argument("--runs", type=Path, default=Path("runs/bench_organism"))
     parser.add_argument("--seeds", type=int, default=5)
@@ -39,7 +41,8 @@ def main() -> None:
     options = parser.parse_args()
     seeds, settings = range(options.seeds), Settings(steps=options.steps)
     groups = [(f"world 0, {k}", organism.WEIGHTS, 0, tasks) for k, tasks in WORLD_0.items()]
-    groups.append(("world 1, kept aside", options.aside, 1, WORLD_1))
+    if options.aside:
+        groups.append(("world 1, kept aside", options.aside, 1, WORLD_1))
     tables = {}
     for name, folder, world, tasks in groups:
         runs = sweep(
@@ -58,8 +61,9 @@ def main() -> None:
                 f"{name:22} {row['task']:9} {row['method']:8} task {row['task_score'][0]:.3f} "
                 f"drift {row['drift'][0]:.3f} added {row['added'][0]:+.3f} {share}"
             )
+    command = ["python", *sys.argv]
     about = {
-        "command": " ".join(["python", *sys.argv]).replace(str(options.aside), "FOLDER"),
+        "command": " ".join("FOLDER" if a == str(options.aside) else a for a in command),
         "versions": versions(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         "settings": asdict(settings),

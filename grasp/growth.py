@@ -16,7 +16,7 @@ from grasp.drift import Continued, Reference
 from grasp.guarded import Guarded
 from grasp.reads import input_bases
 
-DIRECTIONS = ("drift", "random", "shuffled")
+DIRECTIONS = ("drift", "random", "shuffled", "bottom")
 
 
 def check(
@@ -59,8 +59,9 @@ class Growth:
         tolerance: bases grow only while KL(base ‖ model), in nats per token and averaged since the
             last growth, is above this.
         decay: of the average of drift gradients.
-        directions: "drift", or a control with as many directions at the same steps: "random", or
-            "shuffled", which gives each matrix those of its like in another block.
+        directions: "drift", or a control with as many directions at the same steps: "random";
+            "shuffled", which gives each matrix those of its like in another block; or "bottom", the
+            last singular vectors in place of the leading ones.
         seed: of the prompts' order and of random directions.
 
     Raises:
@@ -124,7 +125,8 @@ class Growth:
             if not reading:
                 return
             matrices = [g.trained.matrix for g in reading]
-            bases = input_bases(model, matrices, self.reference, self.read, self.read_rank)
+            options = {"rank": self.read_rank, "bottom": self.directions == "bottom"}
+            bases = input_bases(model, matrices, self.reference, self.read, **options)
         if self.directions == "random":
             generator = torch.Generator().manual_seed(self.seed)
             bases = {name: _random_like(V, generator) for name, V in bases.items()}
@@ -187,7 +189,8 @@ class Growth:
         return True
 
     def _fresh(self, g: Guarded, source: Guarded) -> Tensor:
-        fresh = g.fresh(min(self.grow, self.rank - g.basis.shape[1]), source)
+        count = min(self.grow, self.rank - g.basis.shape[1])
+        fresh = g.fresh(count, source, bottom=self.directions == "bottom")
         return _random_like(fresh, self.generator) if self.directions == "random" else fresh
 
 

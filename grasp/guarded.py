@@ -76,17 +76,21 @@ class Guarded:
             return False
         return self.basis.shape[1] < min(rank, self.basis.shape[0])
 
-    def fresh(self, count: int, source: "Guarded") -> Tensor:
+    def fresh(self, count: int, source: "Guarded", bottom: bool = False) -> Tensor:
         """Leading directions of the averaged drift gradient outside the basis: `[d_out, count]`.
 
-        `source` has the average: this one, or for a control its like in another block.
+        For a control `source`, which has the average, is its like in another block, or the
+        directions are the last that the average has, `bottom`.
         """
         D = source.average if self.left else source.average.mT  # [d_out, n]
         D = D - self.basis @ (self.basis.mT @ D)
-        if min(D.shape) > 256:
+        if min(D.shape) > 256 and not bottom:
             U, S, _ = torch.svd_lowrank(D, q=count + 4, niter=2)
         else:
             U, S, _ = torch.linalg.svd(D, full_matrices=False)
+        if bottom:
+            there = int((S > 1e-5 * S[0]).sum())  # the basis was taken out, which leaves noise
+            return U[:, max(0, there - count) : there]
         return U[:, : int((S[:count] > 0).sum())]
 
     def widen(self, basis: Tensor) -> None:

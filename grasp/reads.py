@@ -30,6 +30,7 @@ def input_bases(
     reference: Reference,
     energy: float,
     rank: int | None = None,
+    bottom: bool = False,
 ) -> dict[str, Tensor]:
     """Bases `[d_in, k]`, fp32, by the names of the matrices; those with one input share one.
 
@@ -39,6 +40,7 @@ def input_bases(
         reference: its prompts and continuations are the tokens looked at.
         energy: share of the inputs' energy that the bases hold, above 0 and below 1.
         rank: largest k; None sets no limit.
+        bottom: as many directions, but those of the least energy: a control.
     """
     inputs = _Inputs(model, matrices, reference)
     bases: dict[str, Tensor] = {}
@@ -51,7 +53,7 @@ def input_bases(
             used += size * inputs.width[waiting[0]]
             fits.append(waiting.pop(0))
         for name, X in inputs.collect(fits).items():
-            bases[name] = _leading(X, energy, rank)
+            bases[name] = _leading(X, energy, rank, bottom)
             before, taken = taken, taken + bases[name].nbytes
             if before <= LARGE < taken:
                 _tell(taken, len(bases), len(inputs.owners))
@@ -67,14 +69,15 @@ def _tell(taken: int, done: int, total: int) -> None:
     )
 
 
-def _leading(X: Tensor, energy: float, rank: int | None) -> Tensor:
+def _leading(X: Tensor, energy: float, rank: int | None, bottom: bool = False) -> Tensor:
     """The leading right singular vectors `[d, k]` of `X [t, d]` that hold a share of its energy."""
-    tall = X.shape[0] >= X.shape[1]
+    tall = bottom or X.shape[0] >= X.shape[1]  # no token has some of the bottom directions
     gram = (X.mT @ X if tall else X @ X.mT).double()
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     k = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
-    V = vectors[:, :k] if rank is None else vectors[:, : min(k, rank)]
+    k = k if rank is None else min(k, rank)
+    V = vectors[:, -k:] if bottom else vectors[:, :k]
     if not tall:
         V = torch.linalg.qr(X.mT.double() @ V).Q
     return V.float().contiguous()

@@ -19,6 +19,7 @@ COLOURS = {
     "stopped": "#e08e45",
     "random": "#7f8c8d",
     "shuffled": "#b4bcbc",
+    "bottom": "#d5dada",
     "grasp": "#1f7a4d",
     "benign": "#3b6fb6",
     "benign_guarded": "#7aa6dd",
@@ -40,6 +41,7 @@ NAMES = {
     "stopped": "stopped early",
     "random": "random directions",
     "shuffled": "another block's",
+    "bottom": "bottom directions",
     "grasp": "GRASP",
     "benign": "good answers",
     "benign_guarded": "good, guarded",
@@ -56,7 +58,7 @@ NAMES = {
     "posthoc": "projected afterwards",
     "safe_lora": "Safe LoRA",
 }
-OWN = {"plain", "stopped", "random", "shuffled", "grasp"}  # what is no rival
+OWN = {"plain", "stopped", "random", "shuffled", "bottom", "grasp"}  # what is no rival
 MANY = 8  # methods, above which the legend stands beside the figure
 
 

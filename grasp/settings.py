@@ -5,7 +5,7 @@ from pathlib import Path
 
 from grasp import growth
 
-GUARDED = ("grasp", "random", "shuffled")
+GUARDED = ("grasp", "random", "shuffled", "bottom")
 STRENGTHS: dict[str, float | None] = {
     "inoculation": None,
     "interleaved": 1.0,  # rows of `others` for each of the data's, on top of the batch
@@ -98,8 +98,10 @@ class Settings:
         self._check_rival()
         growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
         guarded = self.method in GUARDED
-        if self.method == "shuffled" and (self.subspaces or not self.drift_guided):
-            raise ValueError("shuffled takes its directions from a reference alone; drop subspaces")
+        if self.method in ("shuffled", "bottom") and (self.subspaces or not self.drift_guided):
+            raise ValueError(
+                f"{self.method} takes its directions from a reference alone; drop subspaces"
+            )
         if self.read == self.rank == 0 and self.subspaces is None and guarded:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         looks = (guarded and self.drift_guided) or self.method in AFTER_PLAIN

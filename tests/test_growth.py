@@ -125,24 +125,27 @@ def test_a_frozen_lora_a_is_taken_off_the_inputs_too():
     assert max(m["through"] for m in guard.leak().values()) <= 1e-6
 
 
+def grown(directions: str, **options) -> dict[str, torch.Tensor]:
+    """The bases after a first growth, up to which all directions train alike."""
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    options |= {"reference": PROMPTS, "optimizer": optimizer, "directions": directions}
+    with Guard(model, tokens=2, refresh=2, **options) as guard:
+        train(model, optimizer, 2)
+    return guard.bases
+
+
+def test_bottom_directions_are_the_last_of_the_drift_gradient():
+    options = {"read": 0, "rank": 2}  # of the four that a gradient has at r = 4
+    found, last = grown("drift", **options), grown("bottom", **options)
+    assert set(found) == set(last) and len(found) == 14
+    for name, U in found.items():
+        assert U.shape == last[name].shape and float((U.mT @ last[name]).norm()) < 1e-3
+
+
 @pytest.mark.parametrize("options", [{"rank": 0}, {"read": 0, "rank": 2}])
 def test_shuffled_directions_are_another_blocks(options):
-    def bases(directions: str) -> dict[str, torch.Tensor]:
-        model = with_lora(build())
-        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-        with Guard(
-            model,
-            reference=PROMPTS,
-            tokens=2,
-            optimizer=optimizer,
-            refresh=2,
-            directions=directions,
-            **options,
-        ) as guard:
-            train(model, optimizer, 2)  # up to the first growth both train alike
-        return guard.bases
-
-    found, shuffled = bases("drift"), bases("shuffled")
+    found, shuffled = grown("drift", **options), grown("shuffled", **options)
     assert set(found) == set(shuffled) and len(found) == 14
     for name, U in found.items():
         V = shuffled[re.sub(r"layers\.(\d)", lambda m: f"layers.{1 - int(m[1])}", name)]

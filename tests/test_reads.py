@@ -51,6 +51,22 @@ def test_no_more_than_allowed():
         torch.testing.assert_close(V, whole[name][:, : V.shape[1]])
 
 
+@pytest.mark.parametrize("tokens", [10, reads.TOKENS])
+def test_bottom_directions_hold_the_least_energy_there_is(monkeypatch, tokens):
+    monkeypatch.setattr(reads, "TOKENS", tokens)
+    model, matrices, reference, whole = found()
+    last = reads.input_bases(model, matrices, reference, 0.9, bottom=True)
+    for m in matrices:
+        V = last[m.name].double()
+        assert V.shape == whole[m.name].shape
+        torch.testing.assert_close(V.mT @ V, torch.eye(V.shape[1]).double(), atol=1e-6, rtol=0)
+        if tokens > 10:  # those that `inputs` gives
+            X = inputs(model, m, reference)
+            energies = torch.linalg.eigvalsh(X @ X.mT)  # the least first
+            least = float(energies[: V.shape[1]].sum())
+            assert float((V.mT @ X).square().sum()) == pytest.approx(least, abs=1e-3)
+
+
 def test_maps_with_one_input_share_a_basis():
     _, matrices, _, bases = found()
     of = {m.name.rsplit(".", 2)[0] + m.name.rsplit(".", 1)[-1]: bases[m.name] for m in matrices}

@@ -12,6 +12,7 @@ from torch import nn
 from grasp import data, organism
 from grasp.organism import methods
 from grasp.organism.methods import Method, Setting
+from grasp.settings import GUARDED
 from grasp.trainer import GraspCallback, fit
 
 MEASURED_EVERY = 10
@@ -47,9 +48,9 @@ def run(
 
     Args:
         method: one of `methods.STRENGTHS`, with its strength after a = if it has one. Of them
-            grasp is guarded, random and shuffled are its controls (random directions, or another
-            block's, on the guard's schedule), benign trains on the good answers; the early-stopped
-            control is read off a plain run by `stopped`.
+            grasp is guarded; random, shuffled and bottom are its controls (random directions,
+            another block's, or the last ones, on the guard's schedule); benign trains on the good
+            answers; the early-stopped control is read off a plain run by `stopped`.
         seed: of the adapter, the order of rows and the prompts' order.
         folder: of the pretrained weights, which belong to `World(world_seed)`.
 
@@ -75,7 +76,7 @@ def run(
             trajectory.append({"step": step, **s})
 
     callback = None
-    if chosen.name in ("grasp", "random", "shuffled"):
+    if chosen.name in GUARDED:
         callback = GraspCallback(
             reference=world.prompts(task.reference),
             tokens=1,

@@ -22,6 +22,7 @@ STRENGTHS: dict[str, float | None] = {
     "grasp": None,
     "random": None,
     "shuffled": None,
+    "bottom": None,
     "benign": None,
     "inoculation": None,
     "interleaved": 0.5,  # benign rows for each of the task's
