@@ -25,7 +25,7 @@ from grasp.organism.experiment import Settings
 from grasp.organism.sweep import sweep
 from grasp.report import versions
 
-METHODS = ("plain", "stopped", "grasp", "random", "shuffled", "bottom", "caft")
+METHODS = ("plain", "stopped", "grasp", "random", "shuffled", "caft")
 WORLD_0 = {"tuned on": ("medicine", "law", "finance"), "kept aside": ("code", "travel")}
 WORLD_1 = ("code", "medicine", "finance", "travel")
 
