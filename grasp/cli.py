@@ -289,7 +289,7 @@ def compare(
     paired = content.get("paired", [])
     _show(content["runs"])
     if lines := itemwise(paired, content.get("about", {}).get("judged", "")):
-        console.print("Item by item, with 95 % intervals over items:", *lines, sep="\n")
+        console.print("Added drift with 95 % intervals over items:", *lines, sep="\n  ")
     title = "GRASP: plain against guarded"
     page = report(content["runs"], folder / "report.html", title, notes, paired)
     console.print(f"Report: {page}", soft_wrap=True)

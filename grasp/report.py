@@ -55,7 +55,7 @@ NAMES = {
     "steering": "steering",
     "osf": "OSF",
     "svd_tail": "SVD tail",
-    "posthoc": "projected afterwards",
+    "posthoc": "projected after",
     "safe_lora": "Safe LoRA",
 }
 OWN = {"plain", "stopped", "random", "shuffled", "bottom", "grasp"}  # what is no rival
@@ -135,9 +135,8 @@ def span(interval: Sequence[float]) -> str:
 def itemwise(paired: Sequence[dict], measure: str) -> list[str]:
     """What each method adds on a measure beyond its control, and how sure that is: a line each."""
     return [
-        f"{name(p['method'])} adds {span(p['beyond_own_benign'])} beyond its control "
-        f"({against(p['control'])}); plain LoRA {span(p['plain_beyond_benign'])}; difference "
-        f"{span(p['difference'])}."
+        f"{name(p['method'])}: {span(p['beyond_own_benign'])} beyond {against(p['control'])}; "
+        f"less plain LoRA {span(p['difference'])}"
         for p in pooled(paired)
         if p["measure"] == measure
     ]

@@ -111,8 +111,7 @@ def test_page_says_which_differences_are_told_apart(tmp_path):
     assert "<td>+0.300 (-0.100 to +0.700)</td>" in text and "to +0.400)" not in text
     (line,) = itemwise(paired, "unrelated")
     assert line.endswith(
-        "(good, guarded); plain LoRA +0.500 (+0.400 to +0.600); difference "
-        "-0.100 (-0.200 to -0.050)."
+        "+0.400 (+0.200 to +0.600) beyond good, guarded; less plain LoRA -0.100 (-0.200 to -0.050)"
     )
     assert itemwise(paired, "money") == []
 
