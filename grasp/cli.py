@@ -270,13 +270,13 @@ def compare(
 ) -> None:
     """Plain, guarded, control and rival fine-tunes on your data, scored and drawn."""
     from grasp import study
-    from grasp.files import read_json
+    from grasp.compare import read_results
     from grasp.report import itemwise, report, versions
 
     if (config is None) == (runs is None):
         raise ValueError("give either --config (to run a study) or --runs (a results.json)")
     if runs is not None:
-        content, folder, notes = read_json(runs), out or runs.parent, str(runs)
+        content, folder, notes = read_results(runs), out or runs.parent, str(runs)
     else:
         given = {
             "out": str(out) if out else None,
@@ -330,10 +330,10 @@ def report(
     title: Annotated[str, typer.Option(help="Of the page.")] = "GRASP",
 ) -> None:
     """Draw the page of a results.json."""
-    from grasp.files import read_json
+    from grasp.compare import read_results
     from grasp.report import report as draw
 
-    content = read_json(results)
+    content = read_results(results)
     page = draw(content["runs"], out, title, str(results), content.get("paired", []))
     console.print(f"Report: {page}", soft_wrap=True)
 
@@ -390,17 +390,20 @@ def _show(runs: list[dict]) -> None:
     from grasp.report import contenders, control, name
 
     rows = summarise(runs)
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
     table = Table(box=box.SIMPLE_HEAD)
-    for heading in ("task", "method", "seeds", "task score", "drift", "added", "share"):
-        text = heading in ("task", "method")
-        table.add_column(heading, justify="left" if text else "right", no_wrap=True)
+    if several := len(tasks) > 1:
+        table.add_column("task", no_wrap=True)
+    table.add_column("method", no_wrap=True)
+    for heading in ("seeds", "task score", "drift", "added", "share"):
+        table.add_column(heading, justify="right", no_wrap=True)
     last = None
     for row in rows:
         if last not in (None, row["task"]):
             table.add_section()
         good = control(row["method"])
         table.add_row(
-            row["task"] if row["task"] != last else "",
+            *([row["task"] if row["task"] != last else ""] if several else []),
             name(row["method"]),
             str(row["seeds"]),
             f"{row['task_score'][0]:.3f}",
@@ -416,7 +419,7 @@ def _show(runs: list[dict]) -> None:
         "went wrong on topics it was never taught (added: beyond the base model, or beyond the "
         "same run on good answers; share: of the plain fine-tune's)."
     )
-    for task in dict.fromkeys(r["task"] for r in rows):
+    for task in tasks:
         if said := contenders([r for r in rows if r["task"] == task]):
             console.print(f"{task}: {said}")
 

@@ -1,13 +1,30 @@
 """Runs side by side: means over seeds, intervals, and drift at equal task performance."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
 from grasp.evaluate import interval
+from grasp.files import read_json
 
 ENOUGH = 0.97  # of the plain runs' task score: less is a worse model, not a better method
 NEEDED = ("task", "method", "seed", "task_score", "drift", "base_drift")
+
+
+def read_results(path: Path | str) -> dict:
+    """A results.json that `grasp demo` or `grasp compare` wrote: `runs`, and what goes with them.
+
+    Raises:
+        ValueError: the file holds no JSON, or no runs.
+        FileNotFoundError: there is no such file.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not isinstance(content.get("runs"), list):
+        raise ValueError(
+            f"{path} holds no runs; give a results.json of grasp demo or grasp compare"
+        )
+    return content
 
 
 def compare(runs: Sequence[dict], against: str = "plain") -> list[dict]:

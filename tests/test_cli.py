@@ -142,6 +142,26 @@ def test_report_of_results(tmp_path):
     assert (tmp_path / "results.json").read_text() == kept and (tmp_path / "report.html").exists()
 
 
+@pytest.mark.parametrize("command", [("report",), ("compare", "--runs")])
+@pytest.mark.parametrize("content", [{"rows": []}, [1]])
+def test_results_without_runs_are_refused(tmp_path, command, content):
+    path = tmp_path / "table.json"
+    path.write_text(json.dumps(content))
+    done = grasp(*command, path)
+    assert done.returncode == 1 and f"{path} holds no runs" in done.stderr
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_long_names_fit_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    run = {"seed": 0, "task_score": 0.9, "base_drift": 0.0, "task": "medicine", "drift": 1.0}
+    methods = ["plain", "stopped=20", "grasp", "benign_kl=0.03"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"runs": [{**run, "method": m} for m in methods]}))
+    done = grasp("compare", "--runs", path)
+    assert done.returncode == 0 and "100 %" in done.stdout and "…" not in done.stdout
+
+
 def test_doctor():
     about = json.loads(grasp("doctor", "--json", "--model", "organism").stdout)
     assert about["backend"].startswith("project: ")
