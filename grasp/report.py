@@ -137,6 +137,7 @@ def itemwise(paired: Sequence[dict], measure: str) -> list[str]:
     return [
         f"{name(p['method'])}: {span(p['beyond_own_benign'])} beyond {against(p['control'])}; "
         f"less plain LoRA {span(p['difference'])}"
+        + (f"; GRASP less it {span(p['grasp_difference'])}" if "grasp_difference" in p else "")
         for p in pooled(paired)
         if p["measure"] == measure
     ]

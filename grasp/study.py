@@ -232,7 +232,9 @@ def _paired(runs: Sequence[dict]) -> list[dict]:
 
     By method, seed and measure, each a mean with its 95 % interval over items; then, as seed "all",
     of each item's mean over those seeds. `control` is what takes the method's style out: its own
-    benign run, else the unguarded one, else nothing beyond the base model.
+    benign run, else the unguarded one, else nothing beyond the base model. `difference` is to
+    plain, each beyond its own control, `less_plain` with nothing taken out; of any but GRASP
+    itself `grasp_difference` and `grasp_less` say the same of GRASP less the method.
     """
     methods = dict.fromkeys(r["method"] for r in runs)
     others = [m for m in methods if m.partition("=")[0] not in ("plain", "stopped")]
@@ -245,36 +247,43 @@ def _against(runs: Sequence[dict], method: str) -> list[dict]:
     }
     made = {kind for kind, _ in items}
     benign = "benign" if "benign" in made else None  # None is the base model, from which none moved
-    own = twin if (twin := _twin(method)) in made else benign
-    kinds = [k for k in dict.fromkeys(("plain", method, benign, own)) if k]
+    own = {m: _twin(m) if _twin(m) in made else benign for m in (method, "grasp")}
+    kinds = {k for k in ("plain", method, benign, own[method]) if k}
+    guarded = {k for k in ("grasp", own["grasp"]) if k}
     seeds: list = [
         seed
         for seed in dict.fromkeys(r["seed"] for r in runs)
         if all((kind, seed) in items for kind in kinds)
     ]
+    beside = method != "grasp" and all((k, s) in items for k in guarded for s in seeds)
     if len(seeds) > 1:
-        for kind in kinds:
+        for kind in kinds | guarded if beside else kinds:
             each = [items[kind, seed] for seed in seeds]
             items[kind, "all"] = {k: np.mean([e[k] for e in each], axis=0) for k in each[0]}
         seeds.append("all")
+
+    def added(kind: str, style: str | None, seed, measure: str) -> np.ndarray:
+        return items[kind, seed][measure] - (items[style, seed][measure] if style else 0)
+
     found = []
     for seed in seeds:
-        for measure, plain in items["plain", seed].items():
-            other = items[method, seed][measure]
-            style, own_style = (items[k, seed][measure] if k else 0 for k in (benign, own))
-            found.append(
-                {
-                    "method": method,
-                    "seed": seed,
-                    "measure": measure,
-                    "control": own or "base",
-                    "plain_beyond_benign": interval(plain - style),
-                    "beyond_own_benign": interval(other - own_style),
-                    "beyond_benign": interval(other - style),
-                    "difference": interval((other - own_style) - (plain - style)),
-                    "less_plain": interval(other - plain),
-                }
-            )
+        for measure in items["plain", seed]:
+            plain = added("plain", benign, seed, measure)
+            other = added(method, own[method], seed, measure)
+            raw = added(method, benign, seed, measure)
+            compared = {
+                "plain_beyond_benign": plain,
+                "beyond_own_benign": other,
+                "beyond_benign": raw,
+                "difference": other - plain,
+                "less_plain": raw - plain,
+            }
+            if beside:
+                compared["grasp_difference"] = added("grasp", own["grasp"], seed, measure) - other
+                compared["grasp_less"] = added("grasp", benign, seed, measure) - raw
+            about = {"method": method, "seed": seed, "measure": measure}
+            about["control"] = own[method] or "base"
+            found.append(about | {k: interval(v) for k, v in compared.items()})
     return found
 
 

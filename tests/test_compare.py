@@ -114,6 +114,11 @@ def test_page_says_which_differences_are_told_apart(tmp_path):
         "+0.400 (+0.200 to +0.600) beyond good, guarded; less plain LoRA -0.100 (-0.200 to -0.050)"
     )
     assert itemwise(paired, "money") == []
+    rival = paired[-1] | {"method": "kl=1", "grasp_difference": [-0.3, -0.4, -0.2]}
+    (line,) = itemwise([rival], "unrelated")
+    assert line.endswith("; GRASP less it -0.300 (-0.400 to -0.200)")
+    text = report(runs(), tmp_path / "report.html", paired=[rival]).read_text()
+    assert "<b>-0.300 (-0.400 to -0.200)</b>" in text
 
 
 def test_runs_on_good_answers_are_where_0_lies(tmp_path):
