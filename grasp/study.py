@@ -5,6 +5,7 @@ study that was killed goes on where it was.
 """
 
 import gc
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -165,6 +166,7 @@ def study_from(options: dict) -> Study:
 def run(study: Study) -> dict:
     """Do what is not done yet, and summarise: `runs`, `summary`, `paired` and `about`."""
     study.check()
+    _tell_lengths(study)
     out = Path(study.out)
     measures = _measures(study)
     base = _scored(out / "base.json", study, measures, None)
@@ -215,6 +217,22 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
         "paired": _paired(runs),
         "about": asdict(study),
     }
+
+
+def _tell_lengths(study: Study) -> None:
+    for method in study.methods:
+        name = method.partition("=")[0]
+        if name == "plain" or name in BENIGN:
+            continue
+        control = next((m for m in (_twin(method), "benign") if m in study.methods), "plain")
+        ours, theirs = (study.settings(m, 0).steps for m in (method, control))
+        if ours != theirs:
+            warnings.warn(
+                f"{method} takes {ours} steps and {control}, which it is set against, {theirs}: "
+                "shifts change with length, of good answers too; give both as many steps, or add "
+                "a benign run of its own and length (benign_guarded, benign_kl=1) to methods",
+                stacklevel=2,
+            )
 
 
 def _twin(method: str) -> str:
