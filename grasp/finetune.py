@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from grasp import data, methods
+from grasp import data, methods, ranks
 from grasp.drift import Continued, draw
 from grasp.files import read_json, write_json
 from grasp.models import adapted, load_model
@@ -57,8 +57,14 @@ def run(
     Raises:
         ValueError, FileNotFoundError: settings, data or model that can't be used; a folder that
             holds a run of other settings.
+        RuntimeError: several processes call this.
     """
     settings.check()
+    if ranks.several():
+        raise RuntimeError(
+            "a fine-tune from files runs in one process; for several write a Trainer script with "
+            "GraspCallback"
+        )
     settings.check_files()
     out = Path(settings.out)
     adapter = out / "adapter"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import grasp_kernels as gk
-from grasp import architecture
+from grasp import architecture, ranks
 from grasp.drift import Continued, Reference
 from grasp.guarded import Guarded
 from grasp.reads import input_bases
@@ -121,6 +121,8 @@ class Growth:
                     seed=self.seed,
                     drifted=self.drifted,
                 )
+            if ranks.several():
+                self.reference = _of_first(self.reference)
             reading = [g for g in guarded if g.trained.holds == "inputs"]
             if not reading:
                 return
@@ -130,6 +132,7 @@ class Growth:
         if self.directions == "random":
             generator = torch.Generator().manual_seed(self.seed)
             bases = {name: _random_like(V, generator) for name, V in bases.items()}
+        bases = dict(zip(bases, ranks.from_first(list(bases.values())), strict=True))
         for g in reading:
             g.widen(bases[shuffled.get(g.name, g).trained.matrix.name])
 
@@ -172,7 +175,7 @@ class Growth:
 
     def _divergence(self, model: nn.Module, step: int) -> Tensor:
         divergence = self.reference.divergence(model, self.reference.sample())
-        self.divergences.append((step, float(divergence.detach())))
+        self.divergences.append((step, float(ranks.from_first([divergence.detach()])[0])))
         return divergence
 
     def _widen(self, growing: Sequence[Guarded], step: int) -> bool:
@@ -182,7 +185,7 @@ class Growth:
             return False
         growing = [g for g in growing if g.average is not None]
         shuffled = _elsewhere(growing) if self.directions == "shuffled" else {}
-        fresh = [self._fresh(g, shuffled.get(g.name, g)) for g in growing]
+        fresh = ranks.from_first([self._fresh(g, shuffled.get(g.name, g)) for g in growing])
         grown = [torch.cat([g.basis, new], 1) for g, new in zip(growing, fresh, strict=True)]
         for g, W, rank in zip(growing, grown, gk.orthonormalize_(grown), strict=True):
             g.widen(W[:, : int(rank)])
@@ -213,6 +216,13 @@ def _elsewhere(guarded: Sequence[Guarded]) -> dict[str, Guarded]:
         for like in kinds.values()
         for i, g in enumerate(like)
     }
+
+
+def _of_first(reference: Reference) -> Reference:
+    """The first rank's: the others drew theirs from logits that may differ in the last bit."""
+    state = reference.state_dict()
+    state = dict(zip(state, ranks.from_first(list(state.values())), strict=True))
+    return Reference.from_state_dict(state, reference.batch)
 
 
 def _random_like(V: Tensor, generator: torch.Generator) -> Tensor:

@@ -19,14 +19,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import grasp_kernels as gk
-from grasp import architecture
+from grasp import architecture, ranks
 from grasp.architecture import Trained
 from grasp.bases import matrix_bases
 from grasp.drift import Reference
@@ -82,7 +81,8 @@ class Guard:
         self.growth = None if reference is None else Growth(reference, **growth)
         if subspaces is None and self.growth.read == self.growth.rank == 0:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
-        self.model, self.subspaces, self.optimizer = model, subspaces, optimizer
+        self.model = ranks.unwrapped(model)
+        self.subspaces, self.optimizer = subspaces, optimizer
         self.residual, self.indirect = residual, indirect
         self.guarded: list[Guarded] = []
         self.steps = 0
@@ -107,15 +107,12 @@ class Guard:
                 weights must be those of the same step.
 
         Raises:
-            RuntimeError: it is attached already, or several processes train.
+            RuntimeError: it is attached already.
+            ValueError: as the class says, or weights that are split over processes.
         """
         if self._handles:
             raise RuntimeError("this guard is attached already; detach it first")
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise RuntimeError(
-                "several processes train, whose gradients are still on their way when a backward "
-                "pass ends; train in one process"
-            )
+        ranks.refuse_sharded(self.model)
         if self.subspaces is not None:
             self.subspaces.check(self.model)
         found = architecture.inspect(self.model)
@@ -309,8 +306,15 @@ class Guard:
         graph = torch._C._current_graph_task_id()
         if graph != self._graph or not self._pending:
             self._graph, self._pending = graph, []
-            torch.autograd.Variable._execution_engine.queue_callback(self._project_gradients)
+            torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         self._pending.append(g)
+
+    def _after_backward(self) -> None:
+        # DDP averages in a callback that was queued after this one; what is queued now comes last.
+        if ranks.several():
+            torch.autograd.Variable._execution_engine.queue_callback(self._project_gradients)
+        else:
+            self._project_gradients()
 
     def _project_gradients(self) -> None:
         self._backward = True
