@@ -57,10 +57,10 @@ def run(
     Raises:
         ValueError, FileNotFoundError: settings, data or model that can't be used; a folder that
             holds a run of other settings.
-        RuntimeError: several processes call this.
+        RuntimeError: several processes were started together, as by torchrun.
     """
     settings.check()
-    if ranks.several():
+    if ranks.launched():
         raise RuntimeError(
             "a fine-tune from files runs in one process; for several write a Trainer script with "
             "GraspCallback"

@@ -4,6 +4,7 @@ Each rank sees the same gradients and weights, but what it computes of them may 
 bit, and a basis that differs moves the copies apart.
 """
 
+import os
 from collections.abc import Sequence
 
 import torch.distributed as dist
@@ -14,6 +15,11 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 def several() -> bool:
     """Whether more than one process trains."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def launched() -> bool:
+    """Whether several processes were started together, though they may not have met yet."""
+    return several() or int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:

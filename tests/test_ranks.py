@@ -105,13 +105,14 @@ def test_one_line_in_a_trainer_under_two_processes(tmp_path):
 def _sharded(rank: int, folder) -> str:
     from torch.distributed.fsdp import fully_shard
 
+    # As `torchrun grasp finetune` would: refused before the processes meet.
+    with pytest.raises(RuntimeError, match="one process") as pipeline:
+        finetune.run(Settings(model="m", data="d", out=str(folder / "run")))
     dist.init_process_group("gloo")
     model = with_lora(build())
     fully_shard(model)
     with pytest.raises(ValueError, match="train with DDP") as refused:
         Guard(model, **GROWTH).attach()
-    with pytest.raises(RuntimeError, match="one process") as pipeline:
-        finetune.run(Settings(model="m", data="d", out=str(folder / "run")))
     return f"{refused.value} {pipeline.value}"
 
 
