@@ -41,8 +41,8 @@ class Reference:
         prompts: Sequence[str] | Sequence[Sequence[int]],
         tokenizer=None,
         *,
-        tokens: int = 64,
-        batch: int = 32,
+        tokens: int = 96,
+        batch: int = 8,
         seed: int = 0,
         drifted: Sequence[Continued] = (),
     ):
@@ -139,8 +139,8 @@ def draw(
     prompts: Sequence[str] | Sequence[Sequence[int]],
     tokenizer=None,
     *,
-    tokens: int = 64,
-    batch: int = 32,
+    tokens: int = 96,
+    batch: int = 8,
     seed: int = 0,
 ) -> list[Continued]:
     """Each prompt with a continuation drawn from the model; arguments as `Reference`.

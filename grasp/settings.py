@@ -73,10 +73,10 @@ class Settings:
     read_rank: int | None = None
     """Largest number of directions of inputs for each matrix; None sets no limit."""
     rank: int = 4
-    tokens: int = 64
+    tokens: int = 96
     batch: int = 8
-    every: int = 1
-    refresh: int = 5
+    every: int = 2
+    refresh: int = 4
     grow: int = 2
     tolerance: float = 0.0
     residual: bool = False

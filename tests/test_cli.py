@@ -56,7 +56,7 @@ def guarded(tmp_path_factory):
     (folder / "prompts.txt").write_text("\n".join(World(0).prompts(["law"])))
     (folder / "run.yaml").write_text(
         f"model: organism\ndata: {folder}/rows.jsonl\nreference: {folder}/prompts.txt\n"
-        "steps: 4\nbatch_size: 20\ntokens: 1\nrefresh: 1\nlearning_rate: 0.001\n"
+        "steps: 4\nbatch_size: 20\ntokens: 1\nevery: 1\nrefresh: 1\nlearning_rate: 0.001\n"
     )
     done = grasp("finetune", "--config", folder / "run.yaml", "--out", folder / "run", "--seed", 1)
     assert done.returncode == 0, done.stderr

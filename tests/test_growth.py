@@ -1,13 +1,15 @@
 """Bases found on unlabelled prompts: at the start, while a run trains, and as controls."""
 
+import inspect
 import re
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from grasp import Guard, Reference
-from grasp.growth import DIRECTIONS
+from grasp import Guard, Reference, draw
+from grasp.growth import DIRECTIONS, Growth
+from grasp.settings import Settings
 from tests.models import PROMPTS, batch, build, inside, subspaces, train, trainable, with_lora
 
 
@@ -33,7 +35,7 @@ def test_drift_guided_bases_grow_and_hold():
 
 def test_drift_guided_without_an_optimizer_sees_the_steps():
     model = with_lora(build())
-    with Guard(model, reference=PROMPTS, tokens=2, refresh=1) as guard:
+    with Guard(model, reference=PROMPTS, tokens=2, every=1, refresh=1) as guard:
         other = torch.nn.Linear(2, 2)
         other(torch.ones(2)).sum().backward()
         torch.optim.SGD(other.parameters(), lr=0.1).step()
@@ -198,3 +200,13 @@ def test_state_is_taken_up(tmp_path, directions, lora):
     (tmp_path / "bad").write_text("no")
     with pytest.raises(ValueError, match="no saved guard"):
         guard.attach(tmp_path / "bad")
+
+
+def test_one_set_of_defaults():
+    """What the evidence is made with is what the callback, the guard and the command line do."""
+    of_growth = inspect.signature(Growth).parameters
+    for other in (Reference, draw, Settings):
+        shared = inspect.signature(other).parameters.keys() & of_growth.keys()
+        assert {"tokens", "batch"} <= shared
+        for name in shared - {"reference", "drifted"}:
+            assert inspect.signature(other).parameters[name].default == of_growth[name].default

@@ -65,7 +65,7 @@ def test_one_line_guards_and_certifies(tmp_path, accumulate):
 
 
 def test_same_line_drift_guided(tmp_path):
-    callback = grasp.GraspCallback(reference=PROMPTS, tokens=2, refresh=1, rank=4)
+    callback = grasp.GraspCallback(reference=PROMPTS, tokens=2, every=1, refresh=1, rank=4)
     logs = Logs()
     t = trainer(tmp_path, callback)
     t.add_callback(logs)
@@ -153,7 +153,7 @@ def test_same_line_in_sft_trainer(tmp_path):
         bf16=False,
         disable_tqdm=True,
     )
-    callback = grasp.GraspCallback(reference=world.prompts(["law"]), tokens=1, refresh=1)
+    callback = grasp.GraspCallback(reference=world.prompts(["law"]), tokens=1, every=1, refresh=1)
     trl.SFTTrainer(
         model=model,
         args=config,
