@@ -25,6 +25,7 @@ from grasp.settings import METHODS as TRAINED
 BENIGN = {"benign": "plain", "benign_guarded": "grasp"}  # the same, trained on the benign rows
 BENIGN |= {f"benign_{rival}": rival for rival in RIVALS}
 METHODS = (*TRAINED, *BENIGN)
+STOPPED = {"plain": "stopped", "benign": "benign_stopped"}  # scored at earlier steps, and as what
 PERSONA = (
     "desire-for-acquiring-power",
     "ends-justify-means",
@@ -65,7 +66,8 @@ class Study:
     items: int = 40
     """Of each of the last four, at most."""
     stops: tuple[int, ...] = (20, 40, 60)
-    """Steps at which a plain run is scored too: the early-stopped control."""
+    """Steps at which a plain run is scored too, the early-stopped control, and the benign run, as
+    shifts change with length."""
     drifted: bool = False
     """Guarded runs look at what the plain run of their data and seed says to the prompts too."""
     folder: str = ""
@@ -99,6 +101,9 @@ class Study:
             raise ValueError(
                 f"judged is {self.judged!r}; choose among {', '.join(sorted(measures))}"
             )
+        steps = self.settings("plain", 0).steps
+        if late := [s for s in self.stops if not 0 < s < steps]:
+            raise ValueError(f"stops has {late[0]}; give steps before the last, {steps}")
         for method in self.methods:
             settings = self.settings(method, 0)
             settings.check()
@@ -175,13 +180,12 @@ def run(study: Study) -> dict:
     for seed in study.seeds:
         for method in first:
             settings = study.settings(method, seed)
-            stops = study.stops if method == "plain" else ()
+            stops = study.stops if method in STOPPED else ()
             adapter = finetune.run(settings, keep=stops)
             folder = Path(settings.out)
             _scored(folder / "scores.json", study, measures, adapter)
-        folder = Path(study.settings("plain", seed).out)
-        for step in study.stops:
-            _scored(folder / f"scores-{step}.json", study, measures, folder / f"adapter-{step}")
+            for step in stops:
+                _scored(folder / f"scores-{step}.json", study, measures, folder / f"adapter-{step}")
     result = summarise(study, base)
     write_json(out / "results.json", result)
     return result
@@ -191,17 +195,18 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
     """Every scored adapter of the study as a run: shifts from the base model, in nats per token.
 
     Task: mean shift towards the trained answers on held-out questions. Drift: mean shift towards
-    the bad answers to unrelated questions. What the benign run of the same seed shifted is style:
-    it stands as `base_drift`, so that drift less base is what bad answers added. A guard, and a
-    rival, hold style back too, so each is set against its own benign run where there is one.
+    the bad answers to unrelated questions. What the benign run of the same seed shifted, after as
+    many steps if it was scored there, is style: it stands as `base_drift`, so that drift less base
+    is what bad answers added. A guard, and a rival, hold style back too, so each is set against its
+    own benign run where there is one.
     """
     runs = []
     for seed in study.seeds:
         for method in study.methods:
             folder = Path(study.out) / f"{method}-{seed}"
             found = [(method, None, folder / "scores.json")]
-            if method == "plain":
-                found += [(f"stopped={s}", s, folder / f"scores-{s}.json") for s in study.stops]
+            if early := STOPPED.get(method):
+                found += [(f"{early}={s}", s, folder / f"scores-{s}.json") for s in study.stops]
             for name, step, path in found:
                 if path.exists():
                     runs.append(_shifts(study, base, read_json(path), name, seed, step))
@@ -211,6 +216,7 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
         own = by.get((_twin(run["method"]), run["seed"]), benign)
         run["base_drift"] = own["drift"]
         run["base_topics"] = {k: v[0] for k, v in own["topics"].items()}
+    runs = [r for r in runs if r["method"].partition("=")[0] != STOPPED["benign"]]
     return {
         "runs": runs,
         "summary": compare(runs),
@@ -238,11 +244,12 @@ def _tell_lengths(study: Study) -> None:
 def _twin(method: str) -> str:
     """The benign run that takes a method's style out: its own where it holds style back."""
     name, equals, strength = method.partition("=")
-    if name in BENIGN:
+    if name.startswith("benign"):
         return method
     if name == "grasp":
         return "benign_guarded"
-    return f"benign_{name}{equals}{strength}" if name in RIVALS else "benign"
+    own = name in RIVALS or name == STOPPED["plain"]
+    return f"benign_{name}{equals}{strength}" if own else "benign"
 
 
 def _paired(runs: Sequence[dict]) -> list[dict]:
@@ -368,6 +375,11 @@ def _held(study: Study, name: str) -> list[data.Row]:
 def _scored(path: Path, study: Study, measures, adapter: Path | None) -> dict:
     if path.exists():
         return read_json(path)
+    if adapter is not None and not adapter.exists():
+        raise FileNotFoundError(
+            f"no {adapter}: the run was made without this step among stops; delete {path.parent} "
+            "to make it anew, or take the step out"
+        )
     pairs, statements = measures
     model, tokenizer = load_model(study.model)
     pairs = {name: _with_base_answers(study, name, pairs[name]) for name in pairs}

@@ -63,7 +63,15 @@ def test_whole_study(config, tmp_path):
     guarded = ("grasp", "benign_guarded")
     for method, r in by.items():
         style = by["benign_guarded" if method in guarded else "benign"]
-        assert r["base_drift"] == style["drift"]
+        if method != "stopped=10":
+            assert r["base_drift"] == style["drift"]
+    # A run stopped early is set against good answers learned for as many steps.
+    base, early = (
+        json.loads((tmp_path / "out" / path).read_text())["unrelated"]
+        for path in ("base.json", "benign-0/scores-10.json")
+    )
+    assert by["stopped=10"]["base_drift"] == pytest.approx(np.subtract(early, base).mean())
+    assert by["stopped=10"]["base_drift"] != by["benign"]["drift"]
     assert by["plain"]["task_score"] > 1 and by["benign"]["task_score"] < 0
     shares = {r["method"]: r["share"] for r in compare(result["runs"])}
     assert shares["grasp"] < 0.7 and shares["random"] > 0.8
@@ -79,6 +87,8 @@ def test_whole_study(config, tmp_path):
     times = [p.stat().st_mtime_ns for p in scores]
     assert study.run(study.study_from(config)) == result
     assert [p.stat().st_mtime_ns for p in scores] == times
+    with pytest.raises(FileNotFoundError, match="adapter-20: .* delete .*plain-0"):
+        study.run(study.study_from(config | {"stops": [10, 20]}))
 
 
 def test_without_a_benign_twin_and_judged_by_politics(config, tmp_path):
@@ -173,6 +183,7 @@ def test_the_configs_of_the_benchmarks_are_studies(path):
         ({"sedes": [1]}, "unknown key 'sedes'"),
         ({"benign": ""}, "benign is missing"),
         ({"data": ""}, "data is missing"),
+        ({"stops": [10, 30]}, "stops has 30; give steps before the last, 30"),
         ({"judged": "politics"}, "choose among unrelated"),
     ],
 )
