@@ -103,6 +103,7 @@ def test_one_line_in_a_trainer_under_two_processes(tmp_path):
 
 
 def _sharded(rank: int, folder) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     # As `torchrun grasp finetune` would: refused before the processes meet.
@@ -110,7 +111,7 @@ def _sharded(rank: int, folder) -> str:
         finetune.run(Settings(model="m", data="d", out=str(folder / "run")))
     dist.init_process_group("gloo")
     model = with_lora(build())
-    fully_shard(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
     with pytest.raises(ValueError, match="train with DDP") as refused:
         Guard(model, **GROWTH).attach()
     return f"{refused.value} {pipeline.value}"

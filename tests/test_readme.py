@@ -39,6 +39,7 @@ def test_python_examples_run(tmp_path, monkeypatch):
         "args": arguments(tmp_path),
         "rows": ROWS,
         "prompts": PROMPTS,
+        "tokenizer": None,  # these prompts are token ids
         "Trainer": Trainer,
     }
     examples = blocks("python")
