@@ -20,13 +20,14 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import matplotlib
+import numpy as np
 
 from grasp import organism
 from grasp.compare import ENOUGH, best, compare, stem
 from grasp.files import write_json
 from grasp.organism.experiment import Settings
 from grasp.organism.sweep import sweep
-from grasp.report import versions
+from grasp.report import COLOURS, name, versions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the backend
@@ -78,32 +79,50 @@ def runs_of(options: argparse.Namespace, methods: Sequence[str]) -> list[dict]:
     found = sweep(
         options.runs, methods=[m for m in methods if not m.startswith("grasp=")], **common
     )
-    for name in (m for m in methods if m.startswith("grasp=")):
-        read, rank = name.removeprefix("grasp=").split(",")
+    for method in (m for m in methods if m.startswith("grasp=")):
+        read, rank = method.removeprefix("grasp=").split(",")
         settings = replace(Settings(), read=float(read), rank=int(rank))
-        kept = sweep(options.runs / name, methods=["grasp"], settings=settings, **common)
-        found += [{**r, "method": name} for r in kept]
+        kept = sweep(options.runs / method, methods=["grasp"], settings=settings, **common)
+        found += [{**r, "method": method} for r in kept]
     return found
 
 
 def draw(rows: Sequence[dict], path: Path) -> None:
-    """The frontier of each task: right and low is good."""
+    """The frontier of each task: means with 95 % intervals over seeds; right and low is good.
+
+    Shaded is enough of the task; what keeps less than 88 % of it is left out.
+    """
     tasks = list(dict.fromkeys(r["task"] for r in rows))
-    methods = list(dict.fromkeys(stem(r["method"]) for r in rows))
-    colours = pyplot.get_cmap("tab20")
-    figure, axes = pyplot.subplots(1, len(tasks), figsize=(5.5 * len(tasks), 5), squeeze=False)
+    methods = sorted(dict.fromkeys(stem(r["method"]) for r in rows), key=lambda m: m != "grasp")
+    figure, axes = pyplot.subplots(1, len(tasks), figsize=(4.6 * len(tasks), 4.4), squeeze=False)
     for axis, task in zip(axes[0], tasks, strict=True):
-        for i, method in enumerate(methods):
+        plain = next(r for r in rows if r["task"] == task and r["method"] == "plain")
+        axis.axvspan(ENOUGH * plain["task_score"][0], 1, color="#f1f6f3", zorder=0)
+        axis.axhline(0, color="#999999", lw=0.8, ls=":")
+        for method in methods:
             mine = [r for r in rows if r["task"] == task and stem(r["method"]) == method]
-            axis.scatter(
-                [r["task_score"][0] for r in mine],
-                [r["added"][0] for r in mine],
-                label=method,
-                color="black" if method == "grasp" else colours(i % 20),
-                marker="*" if method == "grasp" else "o",
-                s=90 if method == "grasp" else 30,
+            task_score, added = (
+                np.array([r[k] for r in mine]).T for k in ("task_score", "added")
+            )  # mean, low, high
+            first = method == "grasp"
+            axis.errorbar(
+                task_score[0],
+                added[0],
+                xerr=(task_score[0] - task_score[1], task_score[2] - task_score[0]),
+                yerr=(added[0] - added[1], added[2] - added[0]),
+                fmt="*" if first else "o",
+                ms=12 if first else 5,
+                elinewidth=0.8,
+                color=COLOURS.get(method, "#555555"),
+                label=name(method),
+                zorder=3 if first else 2,
             )
-        axis.set(title=task, xlabel="task score", ylabel="added drift")
+        scores = [r["task_score"] for r in rows if r["task"] == task]
+        left = max(0.88 * plain["task_score"][0], min(low for _, low, _ in scores))
+        right = max(high for _, _, high in scores)
+        axis.set_xlim(left - 0.05 * (right - left), right + 0.05 * (right - left))
+        axis.set(title=task, xlabel="task score (right is better)")
+    axes[0][0].set_ylabel("added drift (down is better)")
     axes[0][-1].legend(bbox_to_anchor=(1.02, 1), loc="upper left", frameon=False)
     figure.savefig(path, dpi=110, bbox_inches="tight")
 
