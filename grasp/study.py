@@ -101,9 +101,6 @@ class Study:
             raise ValueError(
                 f"judged is {self.judged!r}; choose among {', '.join(sorted(measures))}"
             )
-        steps = self.settings("plain", 0).steps
-        if late := [s for s in self.stops if not 0 < s < steps]:
-            raise ValueError(f"stops has {late[0]}; give steps before the last, {steps}")
         for method in self.methods:
             settings = self.settings(method, 0)
             settings.check()
@@ -112,6 +109,9 @@ class Study:
                 settings.aligned,
             ):
                 raise ValueError(f"methods has {method!r} without 'benign', which it starts from")
+        steps = self.settings("plain", 0).steps
+        if late := [s for s in self.stops if not 0 < s < steps]:
+            raise ValueError(f"stops has {late[0]}; give steps before the last, {steps}")
 
     def path(self, name: str) -> str:
         """Of a data file."""
@@ -180,8 +180,9 @@ def run(study: Study) -> dict:
     for seed in study.seeds:
         for method in first:
             settings = study.settings(method, seed)
-            stops = study.stops if method in STOPPED else ()
-            adapter = finetune.run(settings, keep=stops)
+            # A benign run may have fewer steps of its own.
+            stops = [s for s in study.stops if s < settings.steps] if method in STOPPED else []
+            adapter = finetune.run(settings, keep=tuple(stops))
             folder = Path(settings.out)
             _scored(folder / "scores.json", study, measures, adapter)
             for step in stops:
