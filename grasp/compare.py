@@ -104,11 +104,6 @@ def best(rows: Sequence[dict], enough: float = ENOUGH, against: str = "plain") -
     )
 
 
-def pooled(paired: Sequence[dict]) -> list[dict]:
-    """Of a study's comparisons item by item those over all seeds, or of the only seed."""
-    return list({(p["method"], p["measure"]): p for p in paired}.values())  # "all" comes last
-
-
 def stem(method: str) -> str:
     """A method's name without its strength: "kl" of "kl=0.3"."""
     return method.partition("=")[0]

@@ -11,8 +11,9 @@ import torch
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from grasp.compare import ENOUGH, best, compare, pooled, stem
+from grasp.compare import ENOUGH, best, compare, stem
 from grasp.files import write_text
+from grasp.paired import pooled
 
 COLOURS = {
     "plain": "#c0392b",

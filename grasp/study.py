@@ -14,11 +14,12 @@ import numpy as np
 from peft import PeftModel
 
 from grasp import data, finetune
-from grasp.compare import compare
+from grasp.compare import compare, stem
 from grasp.evaluate import Pair, evaluate, interval, judged
 from grasp.evaluation_files import read_persona, read_propositions, read_unrelated
 from grasp.files import read_json, write_json
 from grasp.models import load_model
+from grasp.paired import paired, twin
 from grasp.settings import AFTER_PLAIN, GUARDED, NEEDED, RIVALS, STRENGTHS, Settings, settings_from
 from grasp.settings import METHODS as TRAINED
 
@@ -84,7 +85,7 @@ class Study:
             ValueError: names the key, what came, and what to give.
         """
         for method in self.methods:
-            if method.partition("=")[0] not in METHODS:
+            if stem(method) not in METHODS:
                 raise ValueError(f"methods has {method!r}; choose among {', '.join(METHODS)}")
         if odd := sorted(set(self.by_method) - set(self.methods)):
             raise ValueError(f"by_method has {odd[0]!r}, which is not among methods")
@@ -214,24 +215,24 @@ def summarise(study: Study, base: dict[str, list[float]]) -> dict:
     by = {(r["method"], r["seed"]): r for r in runs}
     for run in runs:
         benign = by.get(("benign", run["seed"]), {"drift": 0.0, "topics": {}})
-        own = by.get((_twin(run["method"]), run["seed"]), benign)
+        own = by.get((twin(run["method"]), run["seed"]), benign)
         run["base_drift"] = own["drift"]
         run["base_topics"] = {k: v[0] for k, v in own["topics"].items()}
-    runs = [r for r in runs if r["method"].partition("=")[0] != STOPPED["benign"]]
+    runs = [r for r in runs if stem(r["method"]) != STOPPED["benign"]]
     return {
         "runs": runs,
         "summary": compare(runs),
-        "paired": _paired(runs),
+        "paired": paired(runs),
         "about": asdict(study),
     }
 
 
 def _tell_lengths(study: Study) -> None:
     for method in study.methods:
-        name = method.partition("=")[0]
+        name = stem(method)
         if name == "plain" or name in BENIGN:
             continue
-        control = next((m for m in (_twin(method), "benign") if m in study.methods), "plain")
+        control = next((m for m in (twin(method), "benign") if m in study.methods), "plain")
         ours, theirs = (study.settings(m, 0).steps for m in (method, control))
         if ours != theirs:
             warnings.warn(
@@ -240,77 +241,6 @@ def _tell_lengths(study: Study) -> None:
                 "a benign run of its own and length (benign_guarded, benign_kl=1) to methods",
                 stacklevel=2,
             )
-
-
-def _twin(method: str) -> str:
-    """The benign run that takes a method's style out: its own where it holds style back."""
-    name, equals, strength = method.partition("=")
-    if name.startswith("benign"):
-        return method
-    if name == "grasp":
-        return "benign_guarded"
-    own = name in RIVALS or name == STOPPED["plain"]
-    return f"benign_{name}{equals}{strength}" if own else "benign"
-
-
-def _paired(runs: Sequence[dict]) -> list[dict]:
-    """Item by item: what bad answers add beyond good ones, plain and under each other method.
-
-    By method, seed and measure, each a mean with its 95 % interval over items; then, as seed "all",
-    of each item's mean over those seeds. `control` is what takes the method's style out: its own
-    benign run, else the unguarded one, else nothing beyond the base model. `difference` is to
-    plain, each beyond its own control, `less_plain` with nothing taken out; of any but GRASP
-    itself `grasp_difference` and `grasp_less` say the same of GRASP less the method.
-    """
-    methods = dict.fromkeys(r["method"] for r in runs)
-    others = [m for m in methods if m.partition("=")[0] not in ("plain", "stopped")]
-    return [found for m in others if _twin(m) != m for found in _against(runs, m)]
-
-
-def _against(runs: Sequence[dict], method: str) -> list[dict]:
-    items = {
-        (r["method"], r["seed"]): {k: np.array(v) for k, v in r["items"].items()} for r in runs
-    }
-    made = {kind for kind, _ in items}
-    benign = "benign" if "benign" in made else None  # None is the base model, from which none moved
-    own = {m: _twin(m) if _twin(m) in made else benign for m in (method, "grasp")}
-    kinds = {k for k in ("plain", method, benign, own[method]) if k}
-    guarded = {k for k in ("grasp", own["grasp"]) if k}
-    seeds: list = [
-        seed
-        for seed in dict.fromkeys(r["seed"] for r in runs)
-        if all((kind, seed) in items for kind in kinds)
-    ]
-    beside = method != "grasp" and all((k, s) in items for k in guarded for s in seeds)
-    if len(seeds) > 1:
-        for kind in kinds | guarded if beside else kinds:
-            each = [items[kind, seed] for seed in seeds]
-            items[kind, "all"] = {k: np.mean([e[k] for e in each], axis=0) for k in each[0]}
-        seeds.append("all")
-
-    def added(kind: str, style: str | None, seed, measure: str) -> np.ndarray:
-        return items[kind, seed][measure] - (items[style, seed][measure] if style else 0)
-
-    found = []
-    for seed in seeds:
-        for measure in items["plain", seed]:
-            plain = added("plain", benign, seed, measure)
-            other = added(method, own[method], seed, measure)
-            raw = added(method, benign, seed, measure)
-            compared = {
-                "plain_beyond_benign": plain,
-                "beyond_own_benign": other,
-                "beyond_benign": raw,
-                "difference": other - plain,
-                "less_plain": raw - plain,
-            }
-            if beside:
-                compared["grasp_difference"] = added("grasp", own["grasp"], seed, measure) - other
-                compared["grasp_less"] = added("grasp", benign, seed, measure) - raw
-            about = {"method": method, "seed": seed, "measure": measure}
-            about["control"] = own[method] or "base"
-            found.append(about | {k: interval(v) for k, v in compared.items()})
-    return found
 
 
 def _shifts(
