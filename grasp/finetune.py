@@ -152,7 +152,8 @@ def _is_done(out: Path, settings: Settings) -> bool:
     if not (out / ABOUT).exists():
         return False
     kept = read_json(out / ABOUT)
-    if odd := [k for k, v in asdict(settings).items() if kept["settings"].get(k) != v]:
+    asked = {k: v for k, v in asdict(settings).items() if k != "out"}  # a folder may be moved
+    if odd := [k for k, v in asked.items() if kept["settings"].get(k) != v]:
         value = kept["settings"].get(odd[0])
         raise ValueError(
             f"{out} holds a run with {odd[0]} = {value!r}; choose another, or delete it"

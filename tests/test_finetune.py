@@ -157,6 +157,16 @@ def test_folder_of_another_run_is_refused(rows_file, prompts_file, tmp_path):
         run(settings(rows_file, prompts_file, tmp_path / "r", steps=3))
 
 
+def test_a_run_whose_folder_was_moved_is_not_done_again(rows_file, prompts_file, tmp_path):
+    adapter = run(settings(rows_file, prompts_file, tmp_path / "r", steps=2), quiet=True)
+    kept = {p.name: p.read_bytes() for p in adapter.iterdir()}
+    (tmp_path / "r").rename(tmp_path / "moved")
+    steps = []
+    moved = settings(rows_file, prompts_file, tmp_path / "moved", steps=2)
+    adapter = run(moved, after_step=steps.append, quiet=True)
+    assert not steps and {p.name: p.read_bytes() for p in adapter.iterdir()} == kept
+
+
 def test_resuming_a_plain_checkpoint_with_a_guard_is_refused(rows_file, prompts_file, tmp_path):
     from grasp.trainer import GraspCallback, fit
 
