@@ -82,7 +82,7 @@ def test_an_adapter_of_another_model_is_refused(rows_file, prompts_file, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_killed_run_goes_on_bit_for_bit(rows_file, prompts_file, tmp_path):
+def test_killed_run_goes_on_bit_for_bit_where_it_was_moved_to(rows_file, prompts_file, tmp_path):
     whole = run(settings(rows_file, prompts_file, tmp_path / "whole"), quiet=True)
 
     def kill(step: int) -> None:
@@ -93,6 +93,8 @@ def test_killed_run_goes_on_bit_for_bit(rows_file, prompts_file, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(chosen, after_step=kill, quiet=True)
     assert not (tmp_path / "killed" / "adapter").exists()
+    (tmp_path / "killed").rename(tmp_path / "moved")
+    chosen = settings(rows_file, prompts_file, tmp_path / "moved")
     resumed = []
     killed = run(chosen, after_step=resumed.append, quiet=True)
     assert resumed == [4, 5, 6, 7, 8]  # from the checkpoint at step 3
@@ -104,6 +106,9 @@ def test_killed_run_goes_on_bit_for_bit(rows_file, prompts_file, tmp_path):
     assert max(m["through"] for m in first["modules"].values()) <= 1e-6
     assert min(m["rank"] for m in first["modules"].values()) >= 1
     # Done runs are not done again.
+    (tmp_path / "moved").rename(tmp_path / "again")
+    chosen = settings(rows_file, prompts_file, tmp_path / "again")
+    killed = tmp_path / "again" / "adapter"
     assert run(chosen, after_step=lambda step: pytest.fail("trained again")) == killed
 
 
@@ -155,16 +160,6 @@ def test_folder_of_another_run_is_refused(rows_file, prompts_file, tmp_path):
     run(settings(rows_file, prompts_file, tmp_path / "r", steps=2), quiet=True)
     with pytest.raises(ValueError, match="holds a run with steps = 2"):
         run(settings(rows_file, prompts_file, tmp_path / "r", steps=3))
-
-
-def test_a_run_whose_folder_was_moved_is_not_done_again(rows_file, prompts_file, tmp_path):
-    adapter = run(settings(rows_file, prompts_file, tmp_path / "r", steps=2), quiet=True)
-    kept = {p.name: p.read_bytes() for p in adapter.iterdir()}
-    (tmp_path / "r").rename(tmp_path / "moved")
-    steps = []
-    moved = settings(rows_file, prompts_file, tmp_path / "moved", steps=2)
-    adapter = run(moved, after_step=steps.append, quiet=True)
-    assert not steps and {p.name: p.read_bytes() for p in adapter.iterdir()} == kept
 
 
 def test_resuming_a_plain_checkpoint_with_a_guard_is_refused(rows_file, prompts_file, tmp_path):
