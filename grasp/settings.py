@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from grasp import growth
 
@@ -29,6 +30,8 @@ NEEDED = {
     "others": ("interleaved",),
     "aligned": ("safe_lora",),
 }
+
+KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,7 @@ class Settings:
         Raises:
             ValueError: names the setting, what came, and what to give.
         """
+        self._check_kinds()
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
         for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank"):
@@ -110,6 +114,16 @@ class Settings:
             raise ValueError(f"drifted is for {able}, not this {self.method} run; drop it")
         if not self.drift_guided and self.subspaces is None and guarded:
             raise ValueError("drift_guided is off and no subspaces are given; give one of the two")
+
+    def _check_kinds(self) -> None:
+        hints = get_type_hints(type(self))
+        for name, value in vars(self).items():
+            kinds = get_args(hints[name]) or (hints[name],)
+            if type(value) in kinds or (float in kinds and type(value) is int):
+                continue
+            wanted = next(kind for kind in kinds if kind is not type(None))
+            text = " (YAML takes 1e-3 for text: write 1.0e-3)" if wanted is float else ""
+            raise ValueError(f"{name} is {value!r}; give {KINDS[wanted]}{text}")
 
     def _check_rival(self) -> None:
         if self.strength is not None and STRENGTHS.get(self.method) is None:
