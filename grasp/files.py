@@ -6,6 +6,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+WIDTH = 100  # columns, beyond which an object takes a line for each key
+
 
 def write_bytes(path: Path | str, content: bytes) -> Path:
     """Write through a temporary file beside `path`, so that a full disk leaves the old one.
@@ -36,7 +38,28 @@ def write_text(path: Path | str, text: str) -> Path:
 
 
 def write_json(path: Path | str, content: Any) -> Path:
-    return write_text(path, json.dumps(content, indent=2, allow_nan=False) + "\n")
+    """Write JSON to be read and compared by people too: what a list holds takes a line each.
+
+    Raises:
+        ValueError: the content holds NaN or infinity.
+        OSError: as `write_bytes`.
+    """
+    return write_text(path, _json(content) + "\n")
+
+
+def _json(content: Any, indent: str = "") -> str:
+    line = json.dumps(content, allow_nan=False)
+    inner = indent + "  "
+    if isinstance(content, dict) and len(indent + line) > WIDTH:
+        lines = [f"{json.dumps(str(k))}: {_json(v, inner)}" for k, v in content.items()]
+        opening, closing = "{}"
+    elif isinstance(content, (list, tuple)) and any(isinstance(v, (dict, list)) for v in content):
+        lines = [json.dumps(v, allow_nan=False) for v in content]
+        opening, closing = "[]"
+    else:
+        return line
+    joined = f",\n{inner}".join(lines)
+    return f"{opening}\n{inner}{joined}\n{indent}{closing}"
 
 
 def read_json(path: Path | str) -> Any:
