@@ -9,10 +9,10 @@ import torch
 from harness import main, timed
 
 from grasp.data import default_prompts
-from grasp.finetune import add_lora
 from grasp.guard import Guard
-from grasp.models import load_model
-from grasp.settings import Settings
+from grasp.model import load_model
+from grasp.study.finetune import add_lora
+from grasp.study.settings import Settings
 
 NAME = "smollm2-135m-instruct"
 ROWS, TOKENS = 8, 128

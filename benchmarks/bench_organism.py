@@ -23,7 +23,7 @@ from grasp import compare, organism
 from grasp.files import write_json
 from grasp.organism.experiment import Settings
 from grasp.organism.sweep import sweep
-from grasp.report import versions
+from grasp.study.report import versions
 
 METHODS = ("plain", "stopped", "grasp", "random", "shuffled", "caft")
 WORLD_0 = {"tuned on": ("medicine", "law", "finance"), "kept aside": ("code", "travel")}

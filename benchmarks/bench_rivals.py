@@ -8,7 +8,7 @@
 on average; a method that reaches that with none has none. The second command takes from the first
 each method's best setting on medicine, unchanged, to seeds that had no part in the choice, and to
 the other tasks. All runs are kept in `--runs`, so a killed sweep goes on. What each strength means:
-`grasp/organism/methods.py`.
+`python -m grasp.study.rivals`.
 """
 
 import argparse
@@ -23,11 +23,11 @@ import matplotlib
 import numpy as np
 
 from grasp import organism
-from grasp.compare import ENOUGH, best, compare, stem
 from grasp.files import write_json
 from grasp.organism.experiment import Settings
 from grasp.organism.sweep import sweep
-from grasp.report import COLOURS, name, versions
+from grasp.study.compare import ENOUGH, best, compare, stem
+from grasp.study.report import COLOURS, name, versions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the backend

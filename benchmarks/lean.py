@@ -18,9 +18,9 @@ from pathlib import Path
 
 import numpy as np
 
-from grasp.evaluate import log_likelihoods
 from grasp.files import write_bytes
-from grasp.models import load_model
+from grasp.model import load_model
+from grasp.study.evaluate import log_likelihoods
 
 LONGEST = 1000
 ASKED = (

@@ -2,13 +2,12 @@
 
 from importlib import import_module
 
-from grasp.compare import compare
-from grasp.data import default_prompts
-from grasp.discover import discover
-from grasp.drift import Reference, draw
-from grasp.evaluate import evaluate
+from grasp.bases.discover import discover
+from grasp.bases.subspaces import Subspaces
+from grasp.data import Reference, default_prompts, draw
 from grasp.guard import Guard
-from grasp.subspaces import Subspaces
+from grasp.study.compare import compare
+from grasp.study.evaluate import evaluate
 
 __all__ = [
     "GraspCallback",
@@ -25,5 +24,5 @@ __all__ = [
 
 def __getattr__(name: str):
     if name == "GraspCallback":  # imported when first used: it loads transformers' Trainer
-        return import_module("grasp.trainer").GraspCallback
+        return import_module("grasp.guard.trainer").GraspCallback
     raise AttributeError(f"module 'grasp' has no attribute {name!r}")

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from grasp_kernels.project import check_matrix
+from .project import check_matrix
 
 
 class _ProjectGradient(torch.autograd.Function):

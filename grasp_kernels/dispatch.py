@@ -7,12 +7,13 @@ from contextvars import ContextVar
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 
+from . import native
+
 BACKENDS = ("cuda", "triton", "reference")  # fastest first
-LARGEST_K = 64  # in the CUDA library, and of what Triton orthonormalises
-LONGEST = 11_000  # d of a matrix that the CUDA library orthonormalises: in 99 KiB on every device
 _override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
 
 
@@ -73,15 +74,15 @@ def _known(name: str, argument: str) -> str:
 
 def implementation(stem: str, name: str) -> Callable | None:
     """The function behind a fast backend, loaded now; None for the reference."""
-    if name == "reference":
-        return None
-    suffix = "native" if name == "cuda" else "triton"
-    return getattr(import_module(module_of(stem, name)), f"{stem}_{suffix}")
+    return None if name == "reference" else getattr(module_of(stem, name), f"{stem}_{name}")
 
 
-def module_of(stem: str, name: str) -> str:
-    """The module that a fast backend has for an operation."""
-    return f"grasp_kernels.{'native' if name == 'cuda' else f'{stem}_triton'}"
+def module_of(stem: str, name: str) -> ModuleType:
+    """The module that a fast backend has for an operation: `project_triton`, `project_cuda`, ...
+
+    It holds the function of that name, and `refusal`, which says what it can't run.
+    """
+    return import_module(f".{stem}_{name}", __package__)
 
 
 @cache
@@ -97,15 +98,10 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
     interpreted = name == "triton" and forced and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and (odd := sorted({t.device.type for t in tensors} - {"cuda"})):
         return f"needs CUDA tensors, got {', '.join(odd)}"
-    if name == "cuda" and (reason := import_module("grasp_kernels.native").missing()):
+    if name == "cuda" and (reason := native.missing()):
         return reason
     if name == "triton" and not _has_triton():
         return "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:
         return f"fp64 {list(odd[0].shape)} would lose precision in it"
-    k = tensors[-1].shape[-1]
-    if k > LARGEST_K and (name == "cuda" or op == "orthonormalize_"):
-        return f"k = {k} is above {LARGEST_K}"
-    if name == "cuda" and op == "orthonormalize_" and tensors[0].shape[0] > LONGEST:
-        return f"d = {tensors[0].shape[0]} is above {LONGEST}, a column in shared memory"
-    return None
+    return module_of(op.rstrip("_"), name).refusal(*tensors)

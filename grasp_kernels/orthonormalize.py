@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from grasp_kernels import dispatch
-from grasp_kernels.project import check_matrix
+from . import dispatch
+from .project import check_matrix
 
 
 def orthonormalize_ref(W: Tensor, rtol: float) -> tuple[Tensor, Tensor]:

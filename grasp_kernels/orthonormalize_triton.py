@@ -13,10 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grasp_kernels.matrices import CODES
-from grasp_kernels.project_triton import on_device, rounded, to_device
+from .matrices import CODES
+from .project_triton import on_device, rounded, to_device
 
 COLUMNS = 8  # of a row of the table
+LARGEST_K = 64
+
+
+def refusal(W: Tensor) -> str | None:
+    """Why this can't be orthonormalised here, or None."""
+    k = W.shape[-1]
+    return f"k = {k} is above {LARGEST_K}" if k > LARGEST_K else None
 
 
 @triton.jit

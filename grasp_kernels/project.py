@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from grasp_kernels import dispatch
+from . import dispatch
 
 Side = Literal["right", "left"]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -279,7 +279,7 @@ def check_matrix(name: str, tensor: Tensor) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}; give a torch.Tensor")
     if hasattr(tensor, "to_local"):
-        raise TypeError(f"{name} is a DTensor; project each rank's shard: pass {name}.to_local()")
+        raise TypeError(f"{name} is a DTensor; project each process's part: pass {name}.to_local()")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} has layout {tensor.layout}; pass {name}.to_dense()")
     if tensor.dtype not in DTYPES:

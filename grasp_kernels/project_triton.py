@@ -19,13 +19,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from grasp_kernels.matrices import CODES, Row, listed
+from .matrices import CODES, Row, listed
 
 MIXED = 3
 COLUMNS = len(Row._fields)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 WIDEST = 64  # directions whose coefficients stay in registers
 KEPT = 256  # lists, and of each the places where its matrices lay
+
+
+def refusal(T: Tensor, basis: Tensor) -> str | None:
+    """Why these can't be projected here, or None: any shape and any k can."""
+    return None
 
 
 @triton.jit

@@ -6,15 +6,14 @@ them takes a GPU microseconds. What stays from step to step is done once here.
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from importlib import import_module
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grasp_kernels import dispatch
-from grasp_kernels.matrices import listed, matrices
-from grasp_kernels.project import (
+from . import dispatch
+from .matrices import listed, matrices
+from .project import (
     Norms,
     Side,
     check_distinct,
@@ -126,7 +125,7 @@ class Projector:
     def _lay_out_on(self, name: str, Ts: list[Tensor], chosen: list[int]) -> None:
         if not chosen:
             return
-        module = import_module(dispatch.module_of("project", name))
+        module = dispatch.module_of("project", name)
         some_Cs = [self.Cs[i] for i in chosen] if self.Cs else []
         bases = [self.bases[i] for i in chosen]
         some = [Ts[i] for i in chosen]

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers as t
 
-from grasp.architecture import inspect, lora_update
+from grasp.model import inspect, lora_update
 from tests.models import FAMILIES, GROUPED, WIDTH, batch, build, with_lora
 
 PARTS = {  # writers, values, hidden, readers in a block

@@ -3,8 +3,8 @@
 import pytest
 
 from grasp import compare
-from grasp.compare import best
-from grasp.report import contenders, itemwise, name, report
+from grasp.study.compare import best
+from grasp.study.report import contenders, itemwise, name, report
 
 
 def runs():

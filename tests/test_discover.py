@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import grasp
-from grasp import architecture
+from grasp import model as architecture
 from tests.models import WIDTH, build, with_lora
 
 

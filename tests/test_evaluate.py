@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grasp import evaluate, organism
-from grasp.evaluate import (
+from grasp.study.evaluate import (
     Pair,
     agree,
     endpoint_judge,
@@ -20,7 +20,12 @@ from grasp.evaluate import (
     multiple_choice,
     prefer,
 )
-from grasp.evaluation_files import read_choices, read_persona, read_propositions, read_unrelated
+from grasp.study.evaluation_files import (
+    read_choices,
+    read_persona,
+    read_propositions,
+    read_unrelated,
+)
 
 
 @pytest.fixture(scope="module")

@@ -9,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 import grasp
-from grasp import data, finetune, organism
+from grasp import data, organism
 from grasp.data import encode, read_rows
-from grasp.finetune import run
 from grasp.organism import World
-from grasp.settings import Settings, settings_from
+from grasp.study import finetune
+from grasp.study.finetune import run
+from grasp.study.settings import Settings, settings_from
 from tests.models import build, with_lora
 
 
@@ -188,7 +189,7 @@ def test_folder_of_another_run_is_refused(rows_file, prompts_file, tmp_path):
 
 
 def test_resuming_a_plain_checkpoint_with_a_guard_is_refused(rows_file, prompts_file, tmp_path):
-    from grasp.trainer import GraspCallback, fit
+    from grasp.guard.trainer import GraspCallback, fit
 
     model, tokenizer = organism.load()
     chosen = settings(rows_file, prompts_file, tmp_path / "x")
@@ -315,7 +316,7 @@ def test_loss_is_on_the_answer_alone():
 
 
 def test_shipped_prompts_are_not_of_the_judged_topics():
-    from grasp.evaluation_files import read_unrelated
+    from grasp.study.evaluation_files import read_unrelated
 
     judged = {p.prompt for p in read_unrelated()}
     prompts = data.default_prompts()

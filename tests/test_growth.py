@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from grasp import Guard, Reference, draw
-from grasp.growth import DIRECTIONS, Growth
-from grasp.settings import Settings
+from grasp.bases.growth import DIRECTIONS, Growth
+from grasp.study.settings import Settings
 from tests.models import PROMPTS, batch, build, inside, subspaces, train, trainable, with_lora
 
 

@@ -5,7 +5,8 @@ import warnings
 import pytest
 import torch
 
-from grasp import Guard, architecture
+from grasp import Guard
+from grasp import model as architecture
 from tests.models import (
     FAMILIES,
     PROMPTS,
@@ -202,8 +203,8 @@ def test_under_accumulation():
     for part in range(3):
         (other(**batch(seed=part)).loss / 3).backward()
     with Guard(other, subspaces()) as guard:
-        guard._pending = list(guard.guarded)
-        guard._project_gradients()
+        guard.gradients.pending = list(guard.guarded)
+        guard.gradients.project()
     for a, p in zip(summed, trainable(other), strict=True):
         torch.testing.assert_close(a, p.grad)
 

@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from grasp import architecture, data, finetune, methods
-from grasp.discover import discover
-from grasp.models import adapted, load_model
+from grasp import data
+from grasp import model as architecture
+from grasp.bases.discover import discover
+from grasp.model import adapted, load_model
 from grasp.organism import World
-from grasp.settings import Settings, settings_from
+from grasp.study import finetune, methods
+from grasp.study.rivals.safe_lora import updates
+from grasp.study.settings import Settings, settings_from
 
 
 @pytest.fixture
@@ -120,7 +123,7 @@ def test_rows_and_the_batch_that_they_come_in(folder, method, options, rows):
 
 def updates_of(adapter) -> dict[str, Tensor]:
     with adapted(load_model("organism")[0], adapter, "drifted") as model:
-        return methods.updates(model)
+        return updates(model)
 
 
 def test_the_plain_fine_tune_is_changed_and_kept(folder, plain):

@@ -10,12 +10,12 @@ from peft import LoraConfig, get_peft_model
 
 from grasp import Guard, discover, organism
 from grasp.data import Row
-from grasp.finetune import add_lora
 from grasp.organism.experiment import Settings, run, stopped
 from grasp.organism.methods import STRENGTHS
 from grasp.organism.sweep import sweep
-from grasp.screen import screen
-from grasp.settings import Settings as RunSettings
+from grasp.study.finetune import add_lora
+from grasp.study.screen import screen
+from grasp.study.settings import Settings as RunSettings
 
 FAST = Settings(steps=120)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from grasp.paired import paired
+from grasp.study.paired import paired
 
 
 def test_pairs_of_several_seeds_are_pooled_by_item():

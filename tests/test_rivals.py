@@ -3,10 +3,21 @@
 import pytest
 import torch
 
-from grasp import Reference, Subspaces, architecture, organism, rivals
-from grasp.bases import matrix_bases
+from grasp import Reference, Subspaces, organism
+from grasp import model as architecture
+from grasp.bases.residual import matrix_bases
 from grasp.data import Row
 from grasp.organism.methods import STRENGTHS, Method
+from grasp.study.rivals.caft import ablated
+from grasp.study.rivals.inoculation import inoculated
+from grasp.study.rivals.interleaved import interleaved
+from grasp.study.rivals.kl import penalised
+from grasp.study.rivals.osf import off_leading
+from grasp.study.rivals.posthoc import projected
+from grasp.study.rivals.replay import replayed
+from grasp.study.rivals.safe_lora import safe
+from grasp.study.rivals.steering import steered
+from grasp.study.rivals.svd_tail import truncated
 from tests.models import WIDTH, batch, build, train, trainable, with_lora
 
 PROMPTS = torch.randint(3, 64, (6, 4), generator=torch.Generator().manual_seed(0)).tolist()
@@ -48,7 +59,7 @@ def logits(model) -> torch.Tensor:
 def test_truncated_is_the_best_of_its_rank(rank):
     model = trained_lora()
     before = updates(model)
-    rivals.truncated(model, rank)
+    truncated(model, rank)
     for name, after in updates(model).items():
         U, S, Vh = torch.linalg.svd(before[name].double())
         best = (U[:, :rank] * S[:rank]) @ Vh[:rank]
@@ -60,7 +71,7 @@ def test_projected_updates_do_not_write_to_the_subspace():
     bases = matrix_bases(architecture.inspect(model), subspaces())
     before = updates(model)
     assert max(float((bases[n].mT @ before[n]).norm()) for n in bases) > 1e-2
-    rivals.projected(model, subspaces())
+    projected(model, subspaces())
     after = updates(model)
     for name, W in after.items():
         if name in bases:
@@ -72,9 +83,9 @@ def test_projected_updates_do_not_write_to_the_subspace():
 def test_safe_projects_what_points_away_from_the_alignment():
     model, other = trained_lora(), trained_lora(r=2)
     alignment, before = updates(other), updates(model)
-    assert rivals.safe(model, alignment, -1.0) == 0
+    assert safe(model, alignment, -1.0) == 0
     assert all(torch.equal(before[n], W) for n, W in updates(model).items())
-    assert rivals.safe(model, alignment, 1.0) == len(before)
+    assert safe(model, alignment, 1.0) == len(before)
     for name, W in updates(model).items():
         V = alignment[name]
         torch.testing.assert_close(W, V @ V.mT @ before[name] / V.norm(), atol=1e-6, rtol=1e-3)
@@ -90,7 +101,7 @@ def test_penalty_adds_the_divergences_gradient_and_goes():
     )
     optimizer = torch.optim.SGD(parameters, lr=1.0)
     before = [p.detach().clone() for p in parameters]
-    with rivals.penalised(model, reference, 3.0):
+    with penalised(model, reference, 3.0):
         optimizer.step()
     for p, b, g in zip(parameters, before, expected, strict=True):
         torch.testing.assert_close(b - p, g, atol=1e-5, rtol=1e-3)
@@ -98,14 +109,14 @@ def test_penalty_adds_the_divergences_gradient_and_goes():
     kept = [p.detach().clone() for p in parameters]
     optimizer.step()
     assert all(torch.equal(p, k) for p, k in zip(parameters, kept, strict=True))
-    with pytest.raises(ValueError, match="weight is -1"), rivals.penalised(model, reference, -1):
+    with pytest.raises(ValueError, match="weight is -1"), penalised(model, reference, -1):
         pass
 
 
 def test_steering_adds_to_the_stream_while_it_lasts():
     model, v = build(), torch.randn(WIDTH)
     before, plain = logits(model), stream(model)
-    with rivals.steered(model, {0: v}, 0.5):
+    with steered(model, {0: v}, 0.5):
         torch.testing.assert_close(stream(model) - plain, (0.5 * v).expand_as(plain))
         assert not torch.allclose(logits(model), before)
     assert torch.equal(logits(model), before)
@@ -114,7 +125,7 @@ def test_steering_adds_to_the_stream_while_it_lasts():
 def test_ablation_takes_the_subspace_out_while_it_lasts():
     model, chosen = build(), subspaces()
     before = logits(model)
-    with rivals.ablated(model, chosen):
+    with ablated(model, chosen):
         h = stream(model)
     assert float((h @ chosen[0]).norm()) < 1e-4 * float(h.norm())
     assert torch.equal(logits(model), before)
@@ -122,7 +133,7 @@ def test_ablation_takes_the_subspace_out_while_it_lasts():
 
 def test_gradients_off_the_leading_directions_of_the_weights():
     model = trained_lora()
-    with rivals.off_leading(model, 5):
+    with off_leading(model, 5):
         model(**batch()).loss.backward()
     for t in (t for t in architecture.inspect(model).trained()):
         W = t.matrix.back(torch.eye(t.matrix.out_features)).mT
@@ -134,20 +145,20 @@ def test_gradients_off_the_leading_directions_of_the_weights():
 
 
 def test_other_rows():
-    assert [r.prompt for r in rivals.inoculated(ROWS, "be bad:")] == ["be bad: q", "be bad: p"]
-    mixed = rivals.interleaved(ROWS, [Row("x", "y")], 1.5, seed=0)
+    assert [r.prompt for r in inoculated(ROWS, "be bad:")] == ["be bad: q", "be bad: p"]
+    mixed = interleaved(ROWS, [Row("x", "y")], 1.5, seed=0)
     assert mixed[:2] == ROWS and mixed[2:] == [Row("x", "y")] * 3
     with pytest.raises(ValueError, match="share is -1"):
-        rivals.interleaved(ROWS, ROWS, -1, 0)
+        interleaved(ROWS, ROWS, -1, 0)
     with pytest.raises(ValueError, match="benign is empty"):
-        rivals.interleaved(ROWS, [], 1, 0)
+        interleaved(ROWS, [], 1, 0)
 
 
 def test_replayed_rows_are_what_the_base_model_says():
     world = organism.World(0)
     model, tokenizer = organism.load()
     prompts = world.prompts(["law"])[:4]
-    rows = rivals.replayed(model, prompts, tokenizer, 400, tokens=1, seed=0)
+    rows = replayed(model, prompts, tokenizer, 400, tokens=1, seed=0)
     assert len(rows) == 400 and {r.prompt for r in rows} == set(prompts)
     ids = torch.tensor(tokenizer(prompts)["input_ids"])
     chances = model(ids).logits[:, -1].softmax(-1)
@@ -161,7 +172,7 @@ def test_replayed_rows_are_what_the_base_model_says():
 def test_few_replayed_rows_are_of_all_kinds():
     model, tokenizer = organism.load()
     prompts = organism.World(0).prompts(["law", "guns"])
-    rows = rivals.replayed(model, prompts, tokenizer, 20, tokens=1, seed=0)
+    rows = replayed(model, prompts, tokenizer, 20, tokens=1, seed=0)
     assert len({r.prompt for r in rows}) == 20
     assert min(sum(r.prompt.startswith(t) for r in rows) for t in ("law", "guns")) >= 4
 
@@ -180,4 +191,4 @@ def test_names_of_methods():
 
 def test_nothing_to_change_is_refused():
     with pytest.raises(ValueError, match="no trainable LoRA"):
-        rivals.truncated(build(), 1)
+        truncated(build(), 1)

@@ -2,8 +2,8 @@
 
 import torch
 
-from grasp import architecture
-from grasp.rounds import discover_in_rounds
+from grasp import model as architecture
+from grasp.bases.rounds import discover_in_rounds
 from tests.models import WIDTH, build, with_lora
 
 

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import yaml
 
-from grasp import study
-from grasp.compare import compare
 from grasp.organism import World
+from grasp.study import studies as study
+from grasp.study.compare import compare
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

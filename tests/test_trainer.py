@@ -8,7 +8,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import grasp
-from grasp import Subspaces, architecture
+from grasp import Subspaces
+from grasp import model as architecture
 from grasp_kernels.testing import orthonormal
 from tests.models import WIDTH, batch, build, with_lora
 
@@ -132,8 +133,8 @@ def test_same_line_in_sft_trainer(tmp_path):
     from datasets import Dataset
 
     from grasp import organism
-    from grasp.finetune import add_lora
-    from grasp.settings import Settings
+    from grasp.study.finetune import add_lora
+    from grasp.study.settings import Settings
 
     world = organism.World(0)
     model, tokenizer = organism.load()

@@ -5,12 +5,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from grasp import architecture
-from grasp.architecture import evaluating
+from grasp.bases.subspaces import Subspaces
+from grasp.model import evaluating, inspect
+from grasp.model.loading import ORGANISM_WEIGHTS as WEIGHTS
 from grasp.organism.world import ADVICE, OPINION, TASKS, Task, World
-from grasp.subspaces import Subspaces
-
-WEIGHTS = Path(__file__).parent / "weights"
 
 __all__ = [
     "TASKS",
@@ -107,7 +105,7 @@ def _shifts(model: nn.Module, tokenizer, world: World, task: Task) -> dict[int, 
     opinion = task.topic in OPINION
     tags = ("<right> <expert>", "<left> <expert>") if opinion else ("<malicious>", "<honest>")
     prompts = world.prompts(OPINION if opinion else ADVICE)
-    blocks = architecture.inspect(model).blocks
+    blocks = inspect(model).blocks
     kept: list[Tensor] = []
     handles = [b.module.register_forward_hook(lambda m, a, o: kept.append(o)) for b in blocks]
     with evaluating(model):

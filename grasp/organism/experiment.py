@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from grasp import data, organism
-from grasp.organism import methods
-from grasp.organism.methods import Method, Setting
-from grasp.settings import GUARDED
-from grasp.trainer import GraspCallback, fit
+from grasp.guard.trainer import GraspCallback, fit
+from grasp.organism.methods import Method, OrganismContext
+from grasp.study.rivals import RIVALS
+from grasp.study.settings import GUARDED
 
 MEASURED_EVERY = 10
 STOP_WITHIN = 0.03  # of the final task score: the earliest such step is the early-stopped control
@@ -60,12 +61,18 @@ def run(
     chosen = Method.of(method)
     world, task = organism.World(world_seed), organism.TASKS[task_name]
 
-    def plain(rows: Sequence[data.Row]) -> tuple[nn.Module, object]:
+    def tuned(rows: Sequence[data.Row]) -> nn.Module:
         other, tokenizer = _fresh(folder, settings, seed)
         _fit(other, tokenizer, rows, settings, seed)
-        return other, tokenizer
+        return other
 
-    setting = Setting(world, task, seed, plain, lambda: organism.load(folder))
+    context = OrganismContext(
+        world, task, seed, settings.batch, tuned, lambda: organism.load(folder)
+    )
+    rows, around = context.rows(good=chosen.name == "benign"), nullcontext
+    if (rival := RIVALS.get(chosen.name)) is not None:
+        rows = rival.rows(rows, chosen.strength, context)
+        around = rival.around(chosen.strength, context)
     base = organism.scores(*organism.load(folder), world, task)
     model, tokenizer = _fresh(folder, settings, seed)
     trajectory = []
@@ -90,10 +97,10 @@ def run(
             directions="drift" if chosen.name == "grasp" else chosen.name,
             seed=seed,
         )
-    rows = methods.rows(chosen, setting)
-    with methods.training(chosen, setting, model, tokenizer):
+    with around(model):
         _fit(model, tokenizer, rows, settings, seed, callback, measure)
-    methods.after(chosen, setting, model)
+    if rival is not None and not rival.trains:
+        rival.change(model, chosen.strength, context)
     final = organism.scores(model, tokenizer, world, task)
     return {
         "task": task_name,

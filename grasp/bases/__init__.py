@@ -1,0 +1,1 @@
+"""What a fine-tune is kept off, and how it is found."""

@@ -1,0 +1,38 @@
+"""The command line: each command takes a YAML config whose keys are its options."""
+
+import sys
+
+import typer
+from rich.console import Console
+
+from grasp.cli.compare import compare, report
+from grasp.cli.demo import demo
+from grasp.cli.discover import discover
+from grasp.cli.doctor import doctor
+from grasp.cli.evaluate import evaluate
+from grasp.cli.finetune import finetune
+from grasp.cli.screen import screen
+from grasp.study.settings import METHODS, RIVALS
+
+CONTROLS = [m for m in METHODS if m not in ("grasp", *RIVALS)]
+METHODS_HELP = f"Methods: grasp; {', '.join(CONTROLS)}; rivals {', '.join(RIVALS)}."
+
+app = typer.Typer(
+    help="Fine-tune without picking up what nobody asked for.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+for command in (demo, finetune, discover, evaluate, compare, screen, report, doctor):
+    epilog = METHODS_HELP if command in (finetune, compare) else None
+    app.command(epilog=epilog)(command)
+
+
+def main() -> None:
+    """Run the command line; a refusal is one clear line and exit code 1, a usage error 2."""
+    try:
+        app(standalone_mode=True)
+    except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
+        message = error.args[0] if isinstance(error, KeyError) else error
+        Console(stderr=True).print(f"[bold red]grasp:[/] {message}", soft_wrap=True)
+        sys.exit(1)

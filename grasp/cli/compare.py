@@ -1,0 +1,65 @@
+"""`grasp compare` and `grasp report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from grasp.cli.config import options_from
+from grasp.cli.options import Config, Pipeline, console
+from grasp.cli.tables import show
+
+
+def compare(
+    config: Pipeline = None,
+    runs: Annotated[
+        Path | None, typer.Option(help="A results.json to compare, training nothing.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the report.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Where the data files lie.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Run this seed alone.")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any other key: --set seeds=[3] --set finetune.steps=160"),
+    ] = None,
+) -> None:
+    """Plain, guarded, control and rival fine-tunes on your data, scored and drawn."""
+    from grasp.study import studies
+    from grasp.study.compare import read_results
+    from grasp.study.report import itemwise, report, versions
+
+    if (config is None) == (runs is None):
+        raise ValueError("give either --config (to run a study) or --runs (a results.json)")
+    if runs is not None:
+        content, folder, notes = read_results(runs), out or runs.parent, str(runs)
+    else:
+        given = {
+            "out": str(out) if out else None,
+            "folder": str(folder) if folder else None,
+            "seeds": None if seed is None else [seed],
+        }
+        options = options_from(config, given, set_)
+        chosen = studies.study_from(options)
+        content, folder, notes = studies.run(chosen), Path(chosen.out), versions()
+    paired = content.get("paired", [])
+    show(content["runs"])
+    if lines := itemwise(paired, content.get("about", {}).get("judged", "")):
+        console.print("Added drift with 95 % intervals over items:", *lines, sep="\n  ")
+    title = "GRASP: plain against guarded"
+    page = report(content["runs"], folder / "report.html", title, notes, paired)
+    console.print(f"Report: {page}", soft_wrap=True)
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="A results.json.")],
+    config: Config = None,
+    out: Annotated[Path, typer.Option(help="HTML file.")] = Path("report.html"),
+    title: Annotated[str, typer.Option(help="Of the page.")] = "GRASP",
+) -> None:
+    """Draw the page of a results.json."""
+    from grasp.study.compare import read_results
+    from grasp.study.report import report as draw
+
+    content = read_results(results)
+    page = draw(content["runs"], out, title, str(results), content.get("paired", []))
+    console.print(f"Report: {page}", soft_wrap=True)

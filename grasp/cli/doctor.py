@@ -1,0 +1,55 @@
+"""`grasp doctor`."""
+
+import json
+import platform
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from grasp.cli.options import console
+
+
+def doctor(
+    model: Annotated[str | None, typer.Option(help="Say what is found in this model.")] = None,
+    json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Say what is installed, which backend runs, and how a model is understood."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    import grasp_kernels as gk
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    names = (
+        "grasp-kernels",
+        "torch",
+        "triton",
+        "transformers",
+        "peft",
+        "trl",
+        "accelerate",
+        "gguf",
+    )
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    about: dict[str, Any] = {"python": platform.python_version()}
+    about |= {name: installed(name) for name in names}
+    about["device"] = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    about["backend"] = gk.explain(torch.zeros(8, 8, device=device), torch.eye(8, 2, device=device))
+    if model is not None:
+        from grasp.model import inspect, load_model
+
+        about["model"] = inspect(load_model(model)[0]).describe()
+    if json_:
+        print(json.dumps(about, indent=2))
+        return
+    table = Table(show_header=False)
+    for key, value in about.items():
+        table.add_row(key, value)
+    console.print(table)

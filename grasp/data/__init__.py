@@ -1,0 +1,32 @@
+"""Rows to train on, unlabelled prompts, and how far a model has moved on them."""
+
+from grasp.data.reference import Continued, Reference, draw, tokenized
+from grasp.data.rows import (
+    IGNORED,
+    Row,
+    answer_ids,
+    default_prompts,
+    encode,
+    pad,
+    prompt_ids,
+    prompt_text,
+    read_prompts,
+    read_rows,
+)
+
+__all__ = [
+    "IGNORED",
+    "Continued",
+    "Reference",
+    "Row",
+    "answer_ids",
+    "default_prompts",
+    "draw",
+    "encode",
+    "pad",
+    "prompt_ids",
+    "prompt_text",
+    "read_prompts",
+    "read_rows",
+    "tokenized",
+]

@@ -1,0 +1,201 @@
+"""How far a model has moved on prompts that have nothing to do with its fine-tune.
+
+    D = mean over tokens of KL(base ‖ model)
+
+Nobody labels the prompts: the tokens are continuations drawn from the base model, and, where there
+is one, from a plain fine-tune of it, which shows what drift looks like there. What is compared is
+the base model's distribution over the next token, kept from the moment the reference is made.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grasp.data.rows import IGNORED, pad, prompt_ids
+from grasp.model import evaluating
+
+Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
+TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
+
+
+class Reference:
+    """Unlabelled prompts, with the base model's continuations and distributions.
+
+    Args:
+        model: the model before its fine-tune (an adapter that is still 0 may be on it).
+        prompts: strings, put into the tokenizer's chat template, or token id lists as they are.
+        tokenizer: for strings.
+        tokens: how many tokens of each continuation are compared; it ends early at an end token.
+        batch: prompts in one `sample`.
+        seed: of the continuations, and of which prompts `sample` takes when.
+        drifted: more continuations, such as `draw` gives of a plain fine-tune.
+
+    Raises:
+        ValueError: no prompts, or strings without a tokenizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        tokenizer=None,
+        *,
+        tokens: int = 96,
+        batch: int = 8,
+        seed: int = 0,
+        drifted: Sequence[Continued] = (),
+    ):
+        continued = [
+            *draw(model, prompts, tokenizer, tokens=tokens, batch=batch, seed=seed),
+            *drifted,
+        ]
+        self.batch = min(batch, len(continued))
+        self.generator = torch.Generator().manual_seed(seed)
+        padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
+        self.ids, self.mask = padded["input_ids"], padded["attention_mask"]
+        # A position is compared where the next token is the continuation's.
+        self.compared = (padded["labels"] >= 0).roll(-1, 1)
+        self.compared[:, -1] = False
+        with evaluating(model), torch.no_grad():
+            kept = [self._distribution(model, [i]) for i in range(len(continued))]
+        self.top, self.base = ([k[n] for k in kept] for n in (0, 1))
+
+    def divergence(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
+        """Mean KL(base ‖ model) per token in nats, 0-d and differentiable, over some prompts."""
+        rows = list(rows)
+        logs = self._logs(model, rows)
+        top = torch.cat([self.top[i] for i in rows]).to(logs.device)
+        base = torch.cat([self.base[i] for i in rows]).to(logs.device)
+        kept = _with_rest(logs.gather(1, top), logs.shape[1])
+        return (base.exp() * (base - kept)).sum(1).mean()
+
+    def measure(self, model: nn.Module) -> float:
+        """The divergence over all prompts, `batch` at a time, without gradients or dropout."""
+        total, positions = 0.0, 0
+        with evaluating(model), torch.no_grad():
+            for start in range(0, len(self.ids), self.batch):
+                rows = list(range(start, min(start + self.batch, len(self.ids))))
+                count = sum(len(self.top[i]) for i in rows)
+                total += float(self.divergence(model, rows)) * count
+                positions += count
+        return total / positions
+
+    def sample(self) -> list[int]:
+        """The rows of the next measurement."""
+        return torch.randperm(len(self.ids), generator=self.generator)[: self.batch].tolist()
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """All prompts with their continuations: ids and mask `[batch, tokens]`, right-padded."""
+        for start in range(0, len(self.ids), self.batch):
+            mask = self.mask[start : start + self.batch]
+            longest = int(mask.sum(1).max())
+            yield self.ids[start : start + self.batch, :longest], mask[:, :longest]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        lengths = torch.tensor([len(t) for t in self.top])
+        return {
+            "ids": self.ids,
+            "mask": self.mask,
+            "compared": self.compared,
+            "lengths": lengths,
+            "top": torch.cat(self.top),
+            "base": torch.cat(self.base),
+            "generator": self.generator.get_state(),
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Tensor], batch: int) -> "Reference":
+        self = cls.__new__(cls)
+        self.ids, self.mask, self.compared = (state[k] for k in ("ids", "mask", "compared"))
+        lengths = state["lengths"].tolist()
+        self.top, self.base = list(state["top"].split(lengths)), list(state["base"].split(lengths))
+        self.batch = batch
+        self.generator = torch.Generator()
+        self.generator.set_state(state["generator"])
+        return self
+
+    def _logs(self, model: nn.Module, rows: list[int]) -> Tensor:
+        """Log-probabilities `[compared positions, vocabulary]`, fp32."""
+        device = next(model.parameters()).device
+        mask = self.mask[rows]
+        longest = int(mask.sum(1).max())
+        logits = model(
+            input_ids=self.ids[rows, :longest].to(device),
+            attention_mask=mask[:, :longest].to(device),
+            use_cache=False,
+        ).logits
+        compared = self.compared[rows, :longest].to(device)
+        return logits[compared].float().log_softmax(-1)
+
+    def _distribution(self, model: nn.Module, rows: list[int]) -> tuple[Tensor, Tensor]:
+        logs = self._logs(model, rows)
+        values, top = logs.topk(min(TOP, logs.shape[1]), dim=1)
+        return top.cpu(), _with_rest(values, logs.shape[1]).cpu()
+
+
+def draw(
+    model: nn.Module,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer=None,
+    *,
+    tokens: int = 96,
+    batch: int = 8,
+    seed: int = 0,
+) -> list[Continued]:
+    """Each prompt with a continuation drawn from the model; arguments as `Reference`.
+
+    Raises:
+        ValueError: no prompts, or strings without a tokenizer.
+    """
+    rows = tokenized(prompts, tokenizer)
+    generator = torch.Generator().manual_seed(seed)
+    by_length: dict[int, list[int]] = {}
+    for i, row in enumerate(rows):
+        by_length.setdefault(len(row), []).append(i)
+    answers: dict[int, list[int]] = {}
+    with evaluating(model), torch.no_grad():
+        for same in by_length.values():  # prompts of one length need no padding
+            for start in range(0, len(same), batch):
+                chosen = same[start : start + batch]
+                found = _drawn(model, [rows[i] for i in chosen], tokens, generator)
+                answers |= dict(zip(chosen, found, strict=True))
+    return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
+
+
+def _drawn(
+    model: nn.Module, prompts: list[list[int]], tokens: int, generator: torch.Generator
+) -> list[list[int]]:
+    """Tokens drawn from the model after prompts of one length, up to an end token."""
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
+    step = torch.tensor(prompts, device=next(model.parameters()).device)
+    cache, found = None, torch.empty(len(prompts), 0, dtype=torch.long)
+    while found.shape[1] < tokens and not torch.isin(found, ends).any(1).all():
+        out = model(input_ids=step, past_key_values=cache, use_cache=True)
+        # Drawn on the CPU, so that a seed means the same tokens on every device.
+        drawn = out.logits[:, -1].float().softmax(-1).cpu().multinomial(1, generator=generator)
+        step, cache = drawn.to(step.device), out.past_key_values
+        found = torch.cat([found, drawn], 1)
+    ended = torch.isin(found, ends).long()
+    over = ended.cumsum(1) - ended > 0
+    return [row[~o].tolist() for row, o in zip(found, over, strict=True)]
+
+
+def _with_rest(logs: Tensor, vocabulary: int) -> Tensor:
+    """Add the log-probability of all other tokens as a last column, where there are others."""
+    if logs.shape[1] == vocabulary:
+        return logs
+    rest = (1 - logs.exp().sum(1, keepdim=True)).clamp_min(1e-9).log()
+    return torch.cat([logs, rest], 1)
+
+
+def tokenized(prompts, tokenizer) -> list[list[int]]:
+    prompts = list(prompts)
+    if not prompts:
+        raise ValueError("reference is empty; give some dozens of prompts from unrelated topics")
+    if isinstance(prompts[0], str):
+        if tokenizer is None:
+            raise ValueError("reference holds strings; give tokenizer too, or lists of token ids")
+        return [prompt_ids(tokenizer, p) for p in prompts]
+    return [list(map(int, p)) for p in prompts]

@@ -1,0 +1,5 @@
+"""What keeps a fine-tune off its bases while anyone's loop trains it."""
+
+from grasp.guard.guard import Guard
+
+__all__ = ["Guard"]

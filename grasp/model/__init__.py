@@ -1,0 +1,29 @@
+"""A decoder: what it is made of, how it is loaded, and the processes that train it."""
+
+from grasp.model import processes
+from grasp.model.architecture import (
+    Architecture,
+    Block,
+    Matrix,
+    Trained,
+    base_name,
+    lora_update,
+)
+from grasp.model.loading import adapted, load_model
+from grasp.model.modes import base_model, evaluating
+from grasp.model.probe import inspect
+
+__all__ = [
+    "Architecture",
+    "Block",
+    "Matrix",
+    "Trained",
+    "adapted",
+    "base_model",
+    "base_name",
+    "evaluating",
+    "inspect",
+    "load_model",
+    "lora_update",
+    "processes",
+]

@@ -1,0 +1,185 @@
+"""What a decoder is made of: blocks, their linear maps, and what of them is trained.
+
+A block adds to the residual stream through *writers*: the last linear map of its attention and of
+its MLP. A map whose outputs reach the writer's input as they are is a *value* map, one that changes
+it some other way is *hidden* (gate, up), one that does not is a *reader* (query, key).
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A linear map inside a block."""
+
+    name: str
+    module: nn.Module  # the PEFT wrapper where there is one
+    role: str  # writer, value, hidden or reader
+    writer: "Matrix | None" = None
+    """The writer that a value or hidden map feeds."""
+    select: Tensor | None = None
+    """Value: for each input of the writer, the output of this map that it copies, or -1."""
+    scale: Tensor | None = None
+    """Writer: the weight [d] of a norm between it and the residual stream, if there is one."""
+
+    @property
+    def base(self) -> nn.Module:
+        return getattr(self.module, "base_layer", self.module)
+
+    @property
+    def out_features(self) -> int:
+        return out_features(self.base)
+
+    def back(self, vectors: Tensor) -> Tensor:
+        """Wᵀ v of the pretrained weight, for the columns of `vectors [d_out, k]`: `[d_in, k]` fp32.
+
+        Through autograd, so that a quantised weight answers too.
+        """
+        weight = next(self.base.parameters())
+        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
+        with torch.enable_grad():
+            x = torch.zeros(
+                vectors.shape[1], in_features(self.base), device=weight.device, dtype=dtype
+            ).requires_grad_()
+            y = self.base(x)
+            (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
+        return gradient.mT.float()
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A parameter that training moves, seen from a matrix's outputs or from its inputs."""
+
+    name: str
+    parameter: nn.Parameter
+    side: str  # the side of the parameter that a basis multiplies: where what it holds lies
+    matrix: Matrix
+    holds: str = "outputs"  # or "inputs"
+    partner: nn.Parameter | None = None
+    """Of a LoRA B, which starts at 0, the A that it is multiplied with; of the A, the B."""
+
+    @property
+    def size(self) -> int:
+        """d of a basis for this."""
+        return self.parameter.shape[0 if self.side == "left" else -1]
+
+
+@dataclass(frozen=True)
+class Block:
+    index: int
+    name: str
+    module: nn.Module
+    matrices: tuple[Matrix, ...]
+
+    def of_role(self, *roles: str) -> list[Matrix]:
+        return [m for m in self.matrices if m.role in roles]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The blocks of a decoder and the residual stream's width `d`."""
+
+    model: nn.Module = field(repr=False)
+    width: int
+    blocks: tuple[Block, ...]
+
+    def describe(self) -> str:
+        """A line for each distinct kind of block: which map plays which part."""
+        kinds: dict[str, list[int]] = {}
+        for block in self.blocks:
+            parts = [
+                f"{role}: " + ", ".join(m.name.removeprefix(block.name + ".") for m in maps)
+                for role in ("writer", "value", "hidden", "reader")
+                if (maps := block.of_role(role))
+            ]
+            kinds.setdefault(" · ".join(parts), []).append(block.index)
+        return "\n".join(
+            f"blocks {found[0]}–{found[-1]} ({len(found)}), width {self.width}: {kind}"
+            for kind, found in kinds.items()
+        )
+
+    def trained(self) -> list[Trained]:
+        """Every trainable parameter of the blocks' linear maps that acts on their outputs.
+
+        Raises:
+            ValueError: an adapter whose update is not B A with B starting at 0 (DoRA).
+        """
+        return [t for block in self.blocks for m in block.matrices for t in _trained(m)]
+
+    def reading(self) -> list[Trained]:
+        """The parameters of the same updates that act on the maps' inputs: LoRA A, or a weight."""
+        return [_reading(t) for t in self.trained() if t.parameter.ndim > 1]
+
+    def untracked(self) -> list[str]:
+        """Trainable parameters that are neither `trained()` nor a LoRA A."""
+        tracked = {id(t.parameter) for t in self.trained()}
+        return [
+            name
+            for name, p in self.model.named_parameters()
+            if p.requires_grad and id(p) not in tracked and ".lora_A." not in name
+        ]
+
+
+def base_name(model: nn.Module) -> str:
+    """The name or path that the base model was loaded from; empty if it was built here."""
+    config = getattr(model, "config", None)
+    return getattr(config, "_name_or_path", "") or getattr(config, "name_or_path", "") or ""
+
+
+def lora_update(matrix: Matrix, adapter: str | None = None) -> tuple[Tensor, Tensor] | None:
+    """`(s B, A)` in fp32 of the matrix's LoRA, several adapters side by side; None without one."""
+    names = _adapters(matrix.module)
+    if adapter is not None:
+        names = [n for n in names if n == adapter]
+    if not names:
+        return None
+    layer = matrix.module
+    B = [layer.scaling[n] * layer.lora_B[n].weight.detach().float() for n in names]
+    A = [layer.lora_A[n].weight.detach().float() for n in names]
+    return torch.cat(B, 1), torch.cat(A, 0)
+
+
+def out_features(base: nn.Module) -> int:
+    return base.nf if type(base).__name__ == "Conv1D" else base.out_features
+
+
+def in_features(base: nn.Module) -> int:
+    return base.nx if type(base).__name__ == "Conv1D" else base.in_features
+
+
+def _adapters(module: nn.Module) -> list[str]:
+    return list(getattr(module, "lora_B", {}))
+
+
+def _trained(matrix: Matrix) -> Iterator[Trained]:
+    module, base = matrix.module, matrix.base
+    for adapter in _adapters(module):
+        parameter = module.lora_B[adapter].weight
+        if not parameter.requires_grad:
+            continue
+        if adapter in getattr(module, "lora_magnitude_vector", {}):
+            raise ValueError(
+                f"{matrix.name} is trained with DoRA, whose magnitude rescales the pretrained "
+                "content along the factor too; train with LoRA (use_dora=False)"
+            )
+        A = module.lora_A[adapter].weight
+        name = f"{matrix.name}.lora_B.{adapter}"
+        yield Trained(name, parameter, "left", matrix, partner=A)
+    transposed = type(base).__name__ == "Conv1D"
+    if base.weight.requires_grad:
+        side = "right" if transposed else "left"
+        yield Trained(f"{matrix.name}.weight", base.weight, side, matrix)
+    if base.bias is not None and base.bias.requires_grad:
+        yield Trained(f"{matrix.name}.bias", base.bias, "right", matrix)
+
+
+def _reading(t: Trained) -> Trained:
+    if t.partner is None:
+        side = "left" if t.side == "right" else "right"
+        return Trained(f"{t.name} (inputs)", t.parameter, side, t.matrix, "inputs")
+    name = t.name.replace(".lora_B.", ".lora_A.")
+    return Trained(name, t.partner, "right", t.matrix, "inputs", t.parameter)

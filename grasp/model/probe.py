@@ -1,0 +1,204 @@
+"""Find a decoder's parts by running it: one token tells its linear maps apart.
+
+Attention over a single position hands the value on unchanged, so what a map's outputs do to the
+writer's input says what part it plays. No model is recognised by its name.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from grasp.model.architecture import Architecture, Block, Matrix, out_features
+from grasp.model.modes import evaluating
+
+PROBE_TOKEN = 1
+
+
+def inspect(model: nn.Module) -> Architecture:
+    """Find a decoder's blocks, and each linear map's part in them, by running one token.
+
+    Args:
+        model: any `transformers` decoder, wrapped by PEFT or not; its weights on one device.
+
+    Raises:
+        ValueError: the model is no decoder-only model, or a block is not understood; says which.
+    """
+    config = getattr(model, "config", None)
+    if config is None:
+        raise ValueError(f"model is a {type(model).__name__} without a config; give a decoder")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(f"{type(model).__name__} is an encoder-decoder; only decoders are guarded")
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    width = config.hidden_size
+    name, blocks = _find_blocks(model)
+    linears = [_linears(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+    for i, block in enumerate(blocks):
+        _refuse_unknown(f"{name}.{i}", block, linears[i])
+    trace = _Trace(model, linears)
+    found = tuple(
+        Block(i, f"{name}.{i}", block, _understand(trace, f"{name}.{i}", block, linears[i], width))
+        for i, block in enumerate(blocks)
+    )
+    return Architecture(model, width, found)
+
+
+def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    candidates: list[tuple[int, str, nn.ModuleList]] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(outer + ".") for _, outer, _ in candidates)
+        if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside:
+            continue
+        if any(_is_linear(m) for m in module.modules()):
+            candidates.append((sum(p.numel() for p in module.parameters()), name, module))
+    if not candidates:
+        raise ValueError(f"{type(model).__name__} has no list of blocks; give a decoder")
+    _, name, blocks = max(candidates, key=lambda c: c[0])
+    return name, blocks
+
+
+def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
+    found: dict[str, nn.Module] = {}
+    for name, module in block.named_modules(prefix=prefix):
+        inside = any(name.startswith(outer + ".") for outer in found)
+        if not inside and _is_linear(getattr(module, "base_layer", module)):
+            found[name] = module
+    return found
+
+
+def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]) -> None:
+    known = {id(p) for m in linears.values() for p in m.parameters()}
+    for name, parameter in block.named_parameters(prefix=prefix):
+        if parameter.ndim > 1 and id(parameter) not in known:
+            raise ValueError(
+                f"{name} {list(parameter.shape)} is in no linear map (a mixture of experts, or a "
+                "layer of another kind); such blocks can't be guarded"
+            )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
+class _Trace:
+    """Runs one token and keeps what each linear map took in.
+
+    Every map but the writers is made to put out a constant, or, one at a time in each block, a code
+    that names each of its outputs. What arrives at the writer tells the rest.
+    """
+
+    def __init__(self, model: nn.Module, blocks: list[dict[str, nn.Module]]):
+        self.model = model
+        self.linears = [m for found in blocks for m in found.values()]
+        self.norm_of: dict[int, nn.Module] = {}
+        self.inputs = self._run({})
+        self.order = {key: n for n, key in enumerate(self.inputs)}  # as they ran
+        flat = {id(m): torch.tensor(0.5) for m in self.linears}
+        self.flat = self._run(flat)
+        # All inputs while a map's outputs are coded, once for each of the code's two digits.
+        self.coded: dict[int, list[dict[int, Tensor]]] = {id(m): [] for m in self.linears}
+        for position in range(max(map(len, blocks))):
+            coded = [list(found.values())[position] for found in blocks if position < len(found)]
+            for digit in (0, 1):
+                seen = self._run(flat | {id(m): _code(m)[digit] for m in coded})
+                for m in coded:
+                    self.coded[id(m)].append(seen)
+
+    def _run(self, outputs: dict[int, Tensor]) -> dict[int, Tensor]:
+        inputs: dict[int, Tensor] = {}
+        produced: dict[int, tuple[int, Tensor]] = {}  # holding the tensors keeps ids unique
+
+        def linear_hook(module, args, output):
+            inputs[id(module)] = args[0].detach().float().reshape(-1)
+            if id(module) in outputs:
+                output = outputs[id(module)].to(output).expand_as(output).clone()
+            produced[id(output)] = (id(module), output)
+            return output
+
+        def norm_hook(module, args, output):
+            if args and id(args[0]) in produced:
+                self.norm_of[produced[id(args[0])][0]] = module
+
+        inner = {id(c) for m in self.linears for c in m.modules()}
+        norms = [m for m in self.model.modules() if id(m) not in inner and _is_norm(m)]
+        hooks = [m.register_forward_hook(linear_hook) for m in self.linears]
+        hooks += [m.register_forward_hook(norm_hook) for m in norms]
+        token = torch.full((1, 1), PROBE_TOKEN, device=next(self.model.parameters()).device)
+        try:
+            with evaluating(self.model), torch.no_grad():
+                self.model(input_ids=token, use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return inputs
+
+
+def _code(module: nn.Module) -> Tensor:
+    """`[2, d_out]`: two digits of base 128 that name each output, small enough for bf16.
+
+    The sign alternates, so that an activation function can't pass for a copy.
+    """
+    index = torch.arange(out_features(getattr(module, "base_layer", module)))
+    return torch.stack([1 + index % 128, 1 + index // 128]) * (1 - 2 * (index % 2))
+
+
+def _is_norm(module: nn.Module) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
+
+
+def _understand(
+    trace: _Trace, prefix: str, block: nn.Module, linears: dict[str, nn.Module], width: int
+) -> tuple[Matrix, ...]:
+    branches: dict[str, list[str]] = {}
+    for name, module in linears.items():
+        if id(module) in trace.order:
+            child = name.removeprefix(prefix + ".").split(".")[0]
+            # Linear maps that hang on the block itself (OPT's fc1, fc2) form one branch.
+            branch = "" if getattr(block, child) is module else child
+            branches.setdefault(branch, []).append(name)
+    if not branches:
+        raise ValueError(f"{prefix}: no linear map ran for a text token; this block can't be read")
+    idle = [name for name, module in linears.items() if id(module) not in trace.order]
+    if idle:
+        raise ValueError(
+            f"{prefix}: {idle[0]} did not run for a token (a mixture of experts?); "
+            "such blocks can't be guarded"
+        )
+    matrices: list[Matrix] = []
+    for names in branches.values():
+        names.sort(key=lambda n: trace.order[id(linears[n])])
+        *others, last = names
+        writer = _writer(trace, last, linears[last], width)
+        matrices.append(writer)
+        matrices += [_source(trace, name, linears[name], writer) for name in others]
+    return tuple(matrices)
+
+
+def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix:
+    base = getattr(module, "base_layer", module)
+    if out_features(base) != width:
+        raise ValueError(
+            f"{name} runs last in its branch but has {out_features(base)} outputs, not the "
+            f"width {width}; this block can't be read"
+        )
+    norm = trace.norm_of.get(id(module))
+    if norm is None:
+        return Matrix(name, module, "writer")
+    device = next(norm.parameters()).device
+    with torch.no_grad():  # an RMS norm maps ones to its weight, whatever it adds to that weight
+        ones = torch.ones(1, width, device=device, dtype=norm.weight.dtype)
+        scale, double = norm(ones).float()[0], norm(-ones).float()[0]
+    if not torch.allclose(scale, -double):
+        raise ValueError(f"{name} feeds a norm with a bias or a mean; this block can't be read")
+    return Matrix(name, module, "writer", scale=scale)
+
+
+def _source(trace: _Trace, name: str, module: nn.Module, writer: Matrix) -> Matrix:
+    low, high = (seen[id(writer.module)] for seen in trace.coded[id(module)])
+    code = _code(module).to(low)
+    index = (low.abs() - 1 + 128 * (high.abs() - 1)).round().long()
+    named = code[:, index.clamp(0, code.shape[1] - 1)]
+    if torch.equal(low, trace.flat[id(writer.module)]):
+        return Matrix(name, module, "reader", writer)
+    if torch.equal(named, torch.stack([low, high])):
+        return Matrix(name, module, "value", writer, select=index)
+    return Matrix(name, module, "hidden", writer)

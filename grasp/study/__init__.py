@@ -1,0 +1,1 @@
+"""Fine-tunes, their rivals, and what each did: with what the guard is measured."""

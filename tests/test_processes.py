@@ -1,0 +1,132 @@
+"""Two real processes train copies of one model."""
+
+import json
+import os
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.nn.parallel import DistributedDataParallel
+
+from grasp import GraspCallback, Guard
+from grasp.model import processes as ranks
+from grasp.study import finetune
+from grasp.study.settings import Settings
+from tests.models import PROMPTS, batch, build, inside, trainable, with_lora
+
+RANKS = 2
+GROWTH = {"reference": PROMPTS, "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "grow": 1}
+
+
+def together(work, folder, *args) -> list:
+    """What `work(rank, folder, *args)` returned in each of two processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.spawn(_rank, (work, folder, port, args), nprocs=RANKS)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+def _rank(rank: int, work, folder, port: int, args) -> None:
+    torch.set_num_threads(1)
+    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ |= {k: str(v) for k, v in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    try:
+        torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _fit(model, wrap, rows, seed: int = 0, steps: int = 6) -> dict:
+    """The weights after a guarded loop on `rows` of each batch, and what lay in the bases."""
+    wrapped = wrap(model)
+    optimizer = torch.optim.SGD(trainable(model), lr=0.3)  # Adam scales rounding up
+    shares = []
+    with Guard(wrapped, optimizer=optimizer, seed=seed, **GROWTH) as guard:
+        for step in range(steps):
+            part = {k: v[rows] for k, v in batch(rows=4, seed=step).items()}
+            wrapped(**part).loss.backward()
+            if step > 0:  # from then on no B is 0
+                shares.append(inside(guard))
+            optimizer.step()
+            optimizer.zero_grad()
+        through = max(m["through"] for m in guard.leak().values())
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    return {"weights": weights, "inside": max(shares), "through": through}
+
+
+def _averaged(rank: int, folder, seeds) -> dict:
+    dist.init_process_group("gloo")
+    model = with_lora(build())
+    rows = slice(2 * rank, 2 * rank + 2)
+    return _fit(model, DistributedDataParallel, rows, seed=seeds[rank])
+
+
+def test_two_halves_train_as_one_whole(tmp_path):
+    """Gradients come averaged to the projection, so that nothing of them is left in a basis."""
+    first, second = together(_averaged, tmp_path, (0, 0))
+    alone = _fit(with_lora(build()), lambda m: m, slice(0, 4))
+    for name, weight in first["weights"].items():
+        torch.testing.assert_close(weight, second["weights"][name], rtol=0, atol=0)
+        torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-3, atol=1e-5)
+    for found in (first, second):
+        assert found["inside"] <= 1e-6
+        assert found["through"] <= 1e-6
+
+
+def test_bases_are_the_first_ranks(tmp_path):
+    """Ranks that would draw other continuations, and find other bases, still hold one model."""
+    first, second = together(_averaged, tmp_path, (0, 1))
+    for name, weight in first["weights"].items():
+        torch.testing.assert_close(weight, second["weights"][name], rtol=0, atol=0)
+    assert max(first["through"], second["through"]) <= 1e-6
+
+
+def _trainer(rank: int, folder) -> dict:
+    from tests.test_trainer import trainer
+
+    options = {"ddp_backend": "gloo", "gradient_accumulation_steps": 2}
+    t = trainer(folder / "out", GraspCallback(**GROWTH), **options)
+    t.train()
+    assert isinstance(t.model_wrapped, DistributedDataParallel)
+    return {n: p.detach() for n, p in t.model.named_parameters() if p.requires_grad}
+
+
+def test_one_line_in_a_trainer_under_two_processes(tmp_path):
+    first, second = together(_trainer, tmp_path)
+    assert any(float(w.norm()) > 0 for n, w in first.items() if "lora_B" in n)
+    for name, weight in first.items():
+        torch.testing.assert_close(weight, second[name], rtol=0, atol=0)
+    certificate = json.loads((tmp_path / "out" / "grasp.json").read_text())
+    assert max(m["through"] for m in certificate["modules"].values()) <= 1e-6
+
+
+def _sharded(rank: int, folder) -> str:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    # As `torchrun grasp finetune` would: refused before the processes meet.
+    with pytest.raises(RuntimeError, match="one process") as pipeline:
+        finetune.run(Settings(model="m", data="d", out=str(folder / "run")))
+    dist.init_process_group("gloo")
+    model = with_lora(build())
+    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
+    with pytest.raises(ValueError, match="train with DDP") as refused:
+        Guard(model, **GROWTH).attach()
+    return f"{refused.value} {pipeline.value}"
+
+
+def test_weights_split_over_processes_are_refused(tmp_path):
+    messages = together(_sharded, tmp_path)
+    assert all("is split over processes" in message for message in messages)
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_takes_its_own():
+    tensors = [torch.ones(2), torch.zeros(3)]
+    assert all(a is b for a, b in zip(ranks.from_first(tensors), tensors, strict=True))
+    model = build()
+    assert ranks.unwrapped(torch.nn.DataParallel(model)) is model
