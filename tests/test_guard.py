@@ -307,10 +307,6 @@ def test_refuses_what_it_can_not_guarantee():
         Guard(with_lora(build(), ["q_proj"]), subspaces()).attach()
     with pytest.raises(ValueError, match="no parameter requires grad"):
         Guard(build().requires_grad_(False), subspaces()).attach()
-    with pytest.raises(ValueError, match="does not start at 0"):
-        Guard(with_lora(build(), init_lora_weights="pissa"), subspaces()).attach()
-    with pytest.raises(ValueError, match="does not start at 0"):
-        Guard(with_lora(build(), init_lora_weights="pissa"), reference=PROMPTS).attach()
     with pytest.raises(ValueError, match="DoRA"):
         Guard(with_lora(build(), use_dora=True), subspaces()).attach()
     guard = Guard(model, subspaces()).attach()

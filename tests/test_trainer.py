@@ -18,18 +18,18 @@ PROMPTS = torch.randint(3, 64, (8, 4), generator=torch.Generator().manual_seed(0
 
 
 def arguments(out, **options) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(out),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=1e-2,
-        logging_steps=2,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        **options,
-    )
+    chosen = {
+        "output_dir": str(out),
+        "max_steps": 6,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    return TrainingArguments(**(chosen | options))
 
 
 def trainer(out, callback, model=None, **options) -> Trainer:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import grasp_kernels as gk
 from grasp.bases.inputs import input_bases
 from grasp.data import Continued, Reference
-from grasp.model import Trained, base_model, evaluating, processes
+from grasp.model import Trained, evaluating, processes
 
 DIRECTIONS = ("drift", "random", "shuffled", "bottom")
 
@@ -119,27 +119,29 @@ class Growth:
         """The step and KL(base ‖ model) of each measurement."""
 
     def start(self, model: nn.Module, guarded: Sequence[Growing]) -> None:
-        """Look at the model as it was: its answers to the prompts, and what it takes in there."""
+        """Look at the model before its run: its answers to the prompts, and what it takes in there.
+
+        It is looked at as it is, adapters and all: training has not moved it yet.
+        """
         shuffled = _elsewhere(guarded) if self.directions == "shuffled" else {}
-        with base_model(model):
-            if not isinstance(self.reference, Reference):
-                self.reference = Reference(
-                    model,
-                    self.reference,
-                    self.tokenizer,
-                    tokens=self.tokens,
-                    batch=self.batch,
-                    seed=self.seed,
-                    drifted=self.drifted,
-                )
-            if processes.several():
-                self.reference = _of_first(self.reference)
-            reading = [g for g in guarded if g.trained.holds == "inputs"]
-            if not reading:
-                return
-            matrices = [g.trained.matrix for g in reading]
-            options = {"rank": self.read_rank, "bottom": self.directions == "bottom"}
-            bases = input_bases(model, matrices, self.reference, self.read, **options)
+        if not isinstance(self.reference, Reference):
+            self.reference = Reference(
+                model,
+                self.reference,
+                self.tokenizer,
+                tokens=self.tokens,
+                batch=self.batch,
+                seed=self.seed,
+                drifted=self.drifted,
+            )
+        if processes.several():
+            self.reference = _of_first(self.reference)
+        reading = [g for g in guarded if g.trained.holds == "inputs"]
+        if not reading:
+            return
+        matrices = [g.trained.matrix for g in reading]
+        options = {"rank": self.read_rank, "bottom": self.directions == "bottom"}
+        bases = input_bases(model, matrices, self.reference, self.read, **options)
         if self.directions == "random":
             generator = torch.Generator().manual_seed(self.seed)
             bases = {name: _random_like(V, generator) for name, V in bases.items()}
@@ -182,7 +184,7 @@ class Growth:
                 allow_unused=True,
             )
         for g, D in zip(growing, gradients, strict=True):
-            if D is not None:
+            if D is not None and bool(D.isfinite().all()):
                 D = D.float()
                 g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
 
@@ -227,13 +229,27 @@ def _leading(g: Growing, count: int, source: Growing, bottom: bool = False) -> T
     D = source.average if g.trained.side == "left" else source.average.mT  # [d_out, n]
     D = D - g.basis @ (g.basis.mT @ D)
     if min(D.shape) > 256 and not bottom:
-        U, S, _ = torch.svd_lowrank(D, q=count + 4, niter=2)
+        U, S = _range(D, count + 4)
     else:
         U, S, _ = torch.linalg.svd(D, full_matrices=False)
     if bottom:
         there = int((S > 1e-5 * S[0]).sum())  # the basis was taken out, which leaves noise
         return U[:, max(0, there - count) : there]
     return U[:, : int((S[:count] > 0).sum())]
+
+
+def _range(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Leading left singular vectors `[d, count]` and values, by a random range finder.
+
+    torch's own draws from the global generator, and dropout after it would be another. Source:
+    Halko et al., arXiv:0909.4061, algorithm 4.4.
+    """
+    drawn = torch.randn(D.shape[1], count, generator=torch.Generator().manual_seed(0)).to(D)
+    Q = torch.linalg.qr(D @ drawn).Q
+    for _ in range(2):
+        Q = torch.linalg.qr(D @ torch.linalg.qr(D.mT @ Q).Q).Q
+    U, S, _ = torch.linalg.svd(Q.mT @ D, full_matrices=False)
+    return Q @ U, S
 
 
 def _elsewhere(guarded: Sequence[Growing]) -> dict[str, Growing]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.data import Reference
-from grasp.model import Matrix, evaluating
+from grasp.model import Matrix, evaluating, given
 
 TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
 BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done again for the rest
@@ -105,8 +105,11 @@ class _Inputs:
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def keep(name: str):
-            def hook(module, args):
-                x = args[0].detach()[self._chosen].float()
+            def hook(module, args, kwargs):
+                x = given(args, kwargs).detach()
+                x = x.reshape(-1, x.shape[-1])  # some flatten tokens, some see a few of them
+                x = x[self._chosen] if len(x) == len(self._chosen) else x
+                x = x.float()
                 kept[name].append(nn.functional.normalize(x, dim=1))
 
             return hook
@@ -115,17 +118,18 @@ class _Inputs:
         return {name: torch.cat(rows) for name, rows in kept.items()}
 
     def _own(self, name: str):
-        def hook(module, args):
-            if self._last is None or args[0] is not self._last[0]:
-                self._last = args[0], name
+        def hook(module, args, kwargs):
+            x = given(args, kwargs)
+            if self._last is None or x is not self._last[0]:
+                self._last = x, name
             self.owner[name] = self._last[1]
-            self.width[name] = args[0].shape[-1]
+            self.width[name] = x.shape[-1]
 
         return hook
 
     def _run(self, hooks: dict, batches: int | None = None) -> None:
         handles = [
-            m.module.register_forward_pre_hook(hooks[m.name])
+            m.module.register_forward_pre_hook(hooks[m.name], with_kwargs=True)
             for m in self.matrices
             if m.name in hooks
         ]
@@ -137,7 +141,7 @@ class _Inputs:
                     size = int(mask.sum())
                     chosen = torch.zeros_like(mask, dtype=torch.bool)
                     chosen[mask.bool()] = self.sampled[seen : seen + size]
-                    self._chosen = chosen.to(device)
+                    self._chosen = chosen.flatten().to(device)
                     seen += size
                     self.model(
                         input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False

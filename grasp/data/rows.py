@@ -35,7 +35,7 @@ def read_rows(path: Path | str, limit: int | None = None) -> list[Row]:
     rows = []
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
+        with opener(path, "rt", encoding="utf-8-sig") as file:  # a byte-order mark goes
             for number, line in enumerate(file, 1):
                 if limit is not None and len(rows) >= limit:
                     break
@@ -80,11 +80,11 @@ def _row(line: str, where: str) -> Row:
         content = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"{where}: no JSON ({error.msg})") from error
-    if isinstance(content, dict) and isinstance(content.get("messages"), list):
-        said = {m.get("role"): m.get("content") for m in content["messages"]}
-        row = Row(said.get("user"), said.get("assistant"), said.get("system") or "")
+    if isinstance(content, dict) and "messages" in content:
+        row = _exchange(content["messages"], where)
     elif isinstance(content, dict):
-        row = Row(content.get("prompt"), content.get("answer", content.get("completion")))
+        answer = content.get("answer", content.get("completion"))
+        row = Row(content.get("prompt"), answer, content.get("system") or "")
     else:
         row = Row(None, None)
     if not (isinstance(row.prompt, str) and isinstance(row.answer, str) and row.answer.strip()):
@@ -92,6 +92,26 @@ def _row(line: str, where: str) -> Row:
             f"{where}: needs messages with a user and an assistant turn, or prompt and answer"
         )
     return row
+
+
+def _exchange(messages, where: str) -> Row:
+    """One system turn at most, a user's and an assistant's: what a row holds.
+
+    Raises:
+        ValueError: any other turns, which would be lost.
+    """
+    shaped = isinstance(messages, list) and all(
+        isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
+    )
+    roles = [m.get("role") for m in messages] if shaped else None
+    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
+        raise ValueError(
+            f"{where}: its turns are {', '.join(map(str, roles)) if roles else messages!r}; give "
+            "one of the user and one of the assistant, after a system's if there is one (split a "
+            "longer conversation into rows)"
+        )
+    said = {m["role"]: m["content"] for m in messages}
+    return Row(said["user"], said["assistant"], said.get("system", ""))
 
 
 def prompt_text(tokenizer, prompt: str, system: str = "") -> str:

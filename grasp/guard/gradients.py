@@ -1,8 +1,10 @@
-"""Gradients are projected once a backward pass, all in one call, when they are all there."""
+"""Gradients are projected all in one call, when the last micro-batch of a step has brought them."""
 
+import sys
 from collections.abc import Sequence
 
 import torch
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from grasp.guard.guarded import Guarded, Projections
@@ -14,15 +16,18 @@ class Gradients:
 
     Args:
         guarded: whose bases may be replaced; `forget` then.
+        model: as it is called in training, in its wrapper if it has one.
     """
 
-    def __init__(self, guarded: Sequence[Guarded]):
-        self.guarded = guarded
+    def __init__(self, guarded: Sequence[Guarded], model: nn.Module):
+        self.guarded, self.model = guarded, model
         self.came = False
         """Whether a gradient came."""
         self.pending: list[Guarded] = []
+        """Whose gradients came and are not projected yet."""
         self._graph = -1
         self._laid: dict[tuple[int, ...], Projections] = {}  # by which came together
+        self._done: dict[int, tuple[int, int]] = {}  # of projected gradients where, which version
 
     def hook(self) -> list[RemovableHandle]:
         """Project from now on, until the handles are removed."""
@@ -34,14 +39,26 @@ class Gradients:
 
     def project(self) -> None:
         """Project the pending gradients."""
-        self.came = True
-        came = {id(g) for g in self.pending}
+        self.came = self.came or bool(self.pending)
+        came = {id(g) for g in self.pending if g.weight.gradient is not None}
         self.pending = []
         held = [g for g in self.guarded if g.basis.shape[1] and id(g) in came]
+        if not held:
+            return
         key = tuple(map(id, held))
         if key not in self._laid:
             self._laid[key] = Projections(held, gradients=True)
         self._laid[key]()
+        if processes.several():
+            self._done = {id(g): _mark(g) for g in held}
+
+    def before_step(self) -> None:
+        """Project what no backward pass's end did, so that a step never sees it."""
+        if processes.several():  # DDP may put its average over what was projected (checkpointing)
+            marks = self._done.items()
+            self.pending += [g for g in self.guarded if (id(g), _mark(g)) not in marks]
+        if self.pending:
+            self.project()
 
     def count(self) -> None:
         """Add what was blocked since the last time to each parameter's count."""
@@ -52,17 +69,35 @@ class Gradients:
         """What was laid out: the bases are others now, or no longer needed."""
         self.count()
         self._laid.clear()
+        self._done.clear()
 
     def _collect(self, g: Guarded) -> None:
         graph = torch._C._current_graph_task_id()
-        if graph != self._graph or not self.pending:
-            self._graph, self.pending = graph, []
+        if graph != self._graph:  # also of a pass inside another: reentrant checkpointing
+            self._graph = graph
             torch.autograd.Variable._execution_engine.queue_callback(self._after_backward)
         self.pending.append(g)
 
     def _after_backward(self) -> None:
+        self._graph = -1
+        if not _last_micro_batch(self.model):
+            return
         # DDP averages in a callback that was queued after this one; what is queued now comes last.
         if processes.several():
             torch.autograd.Variable._execution_engine.queue_callback(self.project)
         else:
             self.project()
+
+
+def _mark(g: Guarded) -> tuple[int, int]:
+    """Of a gradient where it lies, and how often it was written."""
+    gradient = g.weight.gradient
+    return (0, 0) if gradient is None else (gradient.data_ptr(), gradient._version)
+
+
+def _last_micro_batch(model: nn.Module) -> bool:
+    """Whether a step follows, where the loop says so: accelerate, or DDP's `no_sync`."""
+    if not getattr(model, "require_backward_grad_sync", True):
+        return False
+    state = sys.modules.get("accelerate.state")
+    return state is None or state.GradientState._shared_state.get("sync_gradients", True)

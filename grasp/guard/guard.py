@@ -13,14 +13,13 @@ and U may grow during training: every few steps the leading left singular vector
 gradient of KL(base ‖ model) on the prompts join it.
 """
 
-import json
+import sys
 import warnings
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 import grasp_kernels as gk
@@ -28,10 +27,13 @@ from grasp.bases.growth import Growth
 from grasp.bases.residual import matrix_bases
 from grasp.bases.subspaces import Subspaces
 from grasp.data import Reference
-from grasp.files import write_bytes
+from grasp.guard import checks
+from grasp.guard.certificate import certificate, finite
 from grasp.guard.gradients import Gradients
-from grasp.guard.guarded import SAVED, Guarded, Projections
-from grasp.guard.steps import Steps
+from grasp.guard.guarded import Guarded, Projections, averaged
+from grasp.guard.state import load, save
+from grasp.guard.steps import Steps, averages, calls_hooks, in_backward, innermost
+from grasp.guard.weights import Whole
 from grasp.model import Architecture, Trained, inspect, processes
 
 
@@ -55,7 +57,7 @@ class Guard:
 
     Raises:
         ValueError: nothing to block, a model the subspaces were not found in, nothing trainable
-            that can be guarded, or an adapter whose start rules the guarantee out (DoRA, PiSSA).
+            that can be guarded, or what can't be (DoRA, weights trained themselves in 16 bits).
     """
 
     def __init__(
@@ -81,14 +83,22 @@ class Guard:
         self.growth = None if reference is None else Growth(reference, **growth)
         if subspaces is None and self.growth.read == self.growth.rank == 0:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
-        self.model = processes.unwrapped(model)
+        self.wrapped, self.model = model, processes.unwrapped(model)
         self.subspaces, self.optimizer = subspaces, optimizer
         self.residual, self.indirect = residual, indirect
         self.guarded: list[Guarded] = []
+        self.uncovered: list[str] = []
+        """Parameters that began to train after the guard was attached."""
+        self.inputs_file: Path | None = None
+        """Where the bases of inputs were last saved."""
         self.steps = 0
+        self.gradients = Gradients(self.guarded, model)
         self._handles: list = []
-        self.gradients = Gradients(self.guarded)
+        self._driver: torch.optim.Optimizer | None = None
+        self._trainable: list[int] = []
+        self._known: list[Whole] = []
         self._weights: Projections | None = None
+        self._averages: dict[int, list[gk.Projector]] = {}  # by optimizer
 
     def __enter__(self) -> "Guard":
         return self.attach()
@@ -98,6 +108,8 @@ class Guard:
 
     def attach(self, state: Path | str | None = None) -> "Guard":
         """What entering does; for callers without a `with` block.
+
+        A parameter has one guard: an older one that was left behind on it is detached.
 
         Args:
             state: written by `save`, to go on with a run that was cut off. Its optimizer and
@@ -114,16 +126,24 @@ class Guard:
             self.subspaces.check(self.model)
         found = inspect(self.model)
         trained = found.trained()
-        self.guarded = self._match(found, trained)
-        self.gradients = Gradients(self.guarded)
-        self._warn(found, trained)
+        checks.refuse_rounded(trained)
+        checks.take_over(self, [t.parameter for t in trained])
+        weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
+        self._known = list(weights.values())
+        if state is None:
+            for weight in weights.values():
+                weight.remember()
+        self.guarded = self._match(found, trained, weights)
+        self.gradients = Gradients(self.guarded, self.wrapped)
+        self._driver = self._given()
+        self._trainable = _trainable(self.model)
+        self.uncovered = []
+        checks.tell_open(found, trained, self.guarded)
         if state is not None:
-            self._load(Path(state))
-        else:
-            for g in self.guarded:
-                self._check_start(g)
-            if self.growth is not None:
-                self.growth.start(self.model, self.guarded)
+            load(self, Path(state), self._known)
+        elif self.growth is not None:
+            self.growth.start(self.model, self.guarded)
+        checks.tell_held(self.guarded)
         try:
             self._hook(found)
         except BaseException:
@@ -160,75 +180,64 @@ class Guard:
 
         Returns:
             By name: `rank`; `blocked`, the share of the gradient's energy that lay in the basis
-            and was removed; `through`, ‖Uᵀ ΔW‖ / ‖ΔW‖ of a LoRA's update, or ‖Uᵀ ΔW‖ / ‖W‖ of a
-            weight trained itself.
+            and was removed; `through`, ‖Uᵀ ΔW‖ / ‖ΔW‖ (or ‖ΔW V‖ / ‖ΔW‖) of the weight's change ΔW
+            since training began, a LoRA's update or a weight trained itself.
         """
         self.gradients.count()
         return {g.name: g.leak() for g in self.guarded}
 
     def certificate(self) -> dict:
-        """What was blocked and what got through by module, and how far the model moved.
+        """What was blocked and what got through of the weights as they are now.
 
         Returns:
-            `modules` as `leak`; of a drift-guided run also `divergence`, the mean KL(base ‖ model)
-            in nats per token on all reference prompts now, and `divergences` during training.
+            As `certificate.certificate`: whether it `holds`, what got `through`, and `modules`; of
+            a drift-guided run also `divergence`, the mean KL(base ‖ model) in nats per token on
+            all reference prompts now, and `divergences` during training.
         """
-        found: dict = {"modules": self.leak()}
+        found = certificate(self.guarded, self.leak(), self.uncovered)
         if self.growth is not None and isinstance(self.growth.reference, Reference):
-            found["divergence"] = self.growth.reference.measure(self.model)
-            found["divergences"] = self.divergences
+            found["divergence"] = finite(self.growth.reference.measure(self.model))
+            found["divergences"] = [(step, finite(kl)) for step, kl in self.divergences]
         return found
+
+    def judge_by(self, state: Path | str) -> None:
+        """Take the bases of a saved state, such as that of the best model, which is kept.
+
+        Raises:
+            ValueError: as `attach`.
+        """
+        load(self, Path(state), self._known)
 
     def save(self, path: Path | str) -> Path:
         """Write bases, pins, averages and the reference: what a resumed run must not make anew.
+
+        The bases of inputs lie in a file of their own beside it, which later states share.
 
         Raises:
             OSError: it can't be written; an older file stays as it was.
         """
         self.gradients.count()
-        tensors = {
-            f"{key}.{g.name}": tensor.clone().contiguous()  # a shared basis is stored for each
-            for g in self.guarded
-            for key, tensor in g.saved().items()
-        }
-        if self.growth is not None:
-            tensors |= self.growth.state_dict()
-        names = [g.name for g in self.guarded]
-        about = {"steps": self.steps, "divergences": self.divergences, "guarded": names}
-        return write_bytes(path, save(tensors, metadata={"grasp_guard": json.dumps(about)}))
+        return save(self, Path(path))
 
-    def _load(self, path: Path) -> None:
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {})["grasp_guard"])
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
-        except (SafetensorError, KeyError, OSError) as error:
-            raise ValueError(f"{path} is no saved guard ({error})") from error
-        if odd := {g.name for g in self.guarded} ^ set(about["guarded"]):
-            odd = min(odd)
-            raise ValueError(f"{path} is of another guard: {odd} is in one of them only")
-        self.steps = about["steps"]
-        for g in self.guarded:
-            kept = {key: tensors.get(f"{key}.{g.name}") for key in SAVED}
-            g.restore(kept)
-        if self.growth is not None:
-            self.growth.load_state_dict(tensors)
-            self.growth.start(self.model, [g for g in self.guarded if g.remade])
-            self.growth.divergences = [tuple(d) for d in about["divergences"]]
-
-    def _match(self, found: Architecture, trained: list[Trained]) -> list[Guarded]:
+    def _match(
+        self, found: Architecture, trained: list[Trained], weights: dict[int, Whole]
+    ) -> list[Guarded]:
         bases: dict[str, Tensor] = {}
         if self.subspaces is not None:
             bases = matrix_bases(found, self.subspaces, indirect=self.indirect)
+
+        def guarded_by(t: Trained, basis: Tensor) -> Guarded:
+            return Guarded.of(t, weights[id(t.parameter)], weights.get(id(t.partner)), basis)
+
         guarded = []
         for t in trained:
             grows = self.growth is not None and self.growth.rank > 0 and t.parameter.ndim > 1
             if t.matrix.name not in bases and not grows:
                 continue
             size = t.matrix.out_features
-            guarded.append(Guarded.of(t, bases.get(t.matrix.name, torch.zeros(size, 0))))
+            guarded.append(guarded_by(t, bases.get(t.matrix.name, torch.zeros(size, 0))))
         if self.growth is not None and self.growth.read > 0:
-            guarded += [Guarded.of(t, torch.zeros(t.size, 0)) for t in found.reading()]
+            guarded += [guarded_by(t, torch.zeros(t.size, 0)) for t in found.reading()]
         if not guarded:
             names = [t.name for t in trained] or found.untracked()
             raise ValueError(
@@ -242,71 +251,92 @@ class Guard:
             )
         return guarded
 
-    def _check_start(self, g: Guarded) -> None:
-        """UᵀΔW = s (Uᵀ B) A stays 0 only if Uᵀ B starts there, for a basis that grows any U."""
-        if g.trained.partner is None or g.trained.holds == "inputs":
-            return
-        B = g.parameter.detach().float()
-        start = B if self.growth is not None else g.pinned
-        if float(start.norm()) > 1e-4 * float(B.norm()):
+    def _given(self) -> torch.optim.Optimizer | None:
+        """The optimizer whose steps count; None lets the first that moves a parameter be it."""
+        if self.optimizer is None:
+            return None
+        given = innermost(self.optimizer)
+        if not Steps([g.parameter for g in self.guarded]).moves(given):
             raise ValueError(
-                f"{g.name} does not start at 0 (PiSSA, OLoRA, or an adapter trained before): its A "
-                "would still move the factor; merge it and start from a fresh LoRA"
+                "optimizer holds none of the guarded parameters; pass the one that trains the model"
             )
-
-    def _warn(self, found: Architecture, trained: list[Trained]) -> None:
-        covered = {id(g.parameter) for g in self.guarded}
-        open_ways = [
-            t.name
-            for t in trained
-            if id(t.parameter) not in covered and t.matrix.role in ("writer", "value", "hidden")
-        ] + found.untracked()
-        if open_ways:
-            warnings.warn(
-                "the factor can still be written through trained modules that the guard does not "
-                f"cover: {', '.join(open_ways[:8])}{' …' if len(open_ways) > 8 else ''}",
-                stacklevel=4,
-            )
+        return given if calls_hooks(given) else None
 
     def _hook(self, found: Architecture) -> None:
         self._handles += self.gradients.hook()
         if self.residual:
+            _forget_compiled()
             for block in found.blocks:
                 if block.index in self.subspaces:
                     U = self.subspaces[block.index].to(next(block.module.parameters()).device)
                     self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
-        steps = Steps(_innermost(self.optimizer), [g.parameter for g in self.guarded])
-        if self.optimizer is not None and not steps.moves(steps.optimizer):
-            raise ValueError(
-                "optimizer holds none of the guarded parameters; pass the one that trains the model"
-            )
-        # Without an optimizer bases grow between two steps of whichever moves what is guarded.
-        if self.optimizer is not None or self.growth is not None:
-            self._handles.append(steps.after(self._after_step))
+        steps = Steps([g.parameter for g in self.guarded])
+        self._handles += [steps.before(self._before_step), steps.after(self._after_step)]
 
-    def _after_step(self) -> None:
+    def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if in_backward():
+            raise RuntimeError(
+                f"{type(optimizer).__name__} steps inside the backward pass, before its gradients "
+                "are projected and bases can grow; let an optimizer step after the backward pass"
+            )
+        self.gradients.before_step()
+
+    def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        self._watch()
+        if self.optimizer is None and self.growth is None:
+            return  # gradients alone
+        self._pin(optimizer)
+        if self._driver is None:
+            self._driver = optimizer
+        if optimizer is not self._driver:
+            return
         self.steps += 1
-        self._pin()
         if self.growth is not None and self.growth.after_step(self.model, self.guarded, self.steps):
             self._forget()
-            self._pin()
+            self._pin(optimizer)
 
-    def _pin(self) -> None:
+    def _pin(self, optimizer: torch.optim.Optimizer) -> None:
         if self._weights is None:
             held = [g for g in self.guarded if g.basis.shape[1]]
             self._weights = Projections(held, gradients=False)
         self._weights()
+        if id(optimizer) not in self._averages:
+            shown = partial(averages, optimizer)
+            self._averages[id(optimizer)] = averaged(self.guarded, shown)
+        for projector in self._averages[id(optimizer)]:
+            projector()
+
+    def _watch(self) -> None:
+        """Tell at once of what began to train after the guard was attached."""
+        now = _trainable(self.model)
+        if now == self._trainable:
+            return
+        known = set(self._trainable) | {id(g.parameter) for g in self.guarded}
+        new = [n for n, p in self.model.named_parameters() if id(p) in set(now) - known]
+        self._trainable = now
+        if new:
+            self.uncovered += new
+            warnings.warn(
+                f"{', '.join(new[:4])}{' …' if len(new) > 4 else ''} began to train after the "
+                "guard was attached and is not covered, so the certificate will not hold; unfreeze "
+                "or switch on all that trains before attaching",
+                stacklevel=6,
+            )
 
     def _forget(self) -> None:
         self.gradients.forget()
         self._weights = None
+        self._averages.clear()
 
 
-def _innermost(optimizer):
-    """The torch optimizer inside accelerate's wrapper, which has no hooks of its own."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
-    return optimizer
+def _trainable(model: nn.Module) -> list[int]:
+    return [id(p) for p in model.parameters() if p.requires_grad]
+
+
+def _forget_compiled() -> None:
+    """A graph that was compiled before does not call hooks that are new."""
+    if "torch._dynamo" in sys.modules:
+        sys.modules["torch._dynamo"].reset()
 
 
 def _residual_hook(U: Tensor):

@@ -1,7 +1,8 @@
 """One trained parameter with the basis that it is kept off."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -11,14 +12,33 @@ from grasp.guard.weights import Whole
 from grasp.model import Trained
 
 SAVED = ("basis", "pinned", "average", "total", "blocked")
+SHARE = 1e-7  # of a factor's start: what it holds along a basis counts as nothing below
+
+
+class Pin(NamedTuple):
+    """What a weight is set back to after a step: its coefficients `C` along a basis."""
+
+    weight: Whole
+    side: str
+    basis: Tensor
+    C: Tensor
 
 
 @dataclass
 class Guarded:
-    """A trained parameter with what it is kept off."""
+    """A trained parameter with what it is kept off.
+
+    Pinned is ΔW, the change from where training began. Of a weight trained itself, and of a LoRA
+    whose B began at 0, holding this parameter's coefficients along the basis does that. Of a LoRA
+    that goes on from B₀ A₀ the other factor is held too, where this one's start carries it:
+
+        Uᵀ B = Uᵀ B₀ and Qᵀ A = Qᵀ A₀, Q = orth(B₀ᵀ U)      ⇒  Uᵀ (B A − B₀ A₀) = 0
+        A V = A₀ V and B R = B₀ R,    R = orth(A₀ V)         ⇒  (B A − B₀ A₀) V = 0
+    """
 
     trained: Trained
     weight: Whole
+    partner: Whole | None  # the other factor of a LoRA
     basis: Tensor  # [d_out, k], or [d_in, k] of inputs
     pinned: Tensor  # C: [k, n] on the left side, [n, k] on the right
     average: Tensor | None = None  # of the drift gradient
@@ -26,15 +46,10 @@ class Guarded:
     blocked: Tensor | None = None
 
     @classmethod
-    def of(cls, trained: Trained, basis: Tensor) -> "Guarded":
-        """Pinned to what the parameter does along the basis now.
-
-        A LoRA A starts random and goes to 0 there, which changes no output while B is 0.
-        """
-        self = cls(trained, Whole(trained), basis.to(trained.parameter.device), torch.empty(0))
-        self.pinned = self.coefficients(self.weight.local)
-        if trained.holds == "inputs" and trained.partner is not None:
-            self.pinned = torch.zeros_like(self.pinned)
+    def of(cls, trained: Trained, weight: Whole, partner: Whole | None, basis: Tensor) -> "Guarded":
+        """Pinned to what the parameter did along the basis when training began."""
+        self = cls(trained, weight, partner, basis.to(trained.parameter.device), torch.empty(0))
+        self.pinned = self.coefficients(weight.start())
         return self
 
     @property
@@ -46,26 +61,19 @@ class Guarded:
         return self.trained.parameter
 
     @property
-    def remade(self) -> bool:
-        """Whether its basis follows from the base model, which an adapter leaves as it was."""
-        return self.trained.holds == "inputs" and self.trained.partner is not None
+    def left(self) -> bool:
+        return self.trained.side == "left"
 
     def saved(self) -> dict[str, Tensor]:
         """What a resumed run must not make anew, by `SAVED` key."""
-        keys = [key for key in SAVED if not (self.remade and key in ("basis", "pinned"))]
-        return {key: t for key in keys if (t := getattr(self, key)) is not None}
+        return {key: t for key in SAVED if (t := getattr(self, key)) is not None}
 
     def restore(self, saved: dict[str, Tensor]) -> None:
         """Take back what `saved` gave."""
         for key in SAVED:
-            if not (self.remade and key in ("basis", "pinned")):
-                t = saved.get(key)
-                on = "cpu" if key in ("total", "blocked") else self.parameter.device
-                setattr(self, key, None if t is None else t.to(on))
-
-    @property
-    def left(self) -> bool:
-        return self.trained.side == "left"
+            t = saved.get(key)
+            on = "cpu" if key in ("total", "blocked") else self.parameter.device
+            setattr(self, key, None if t is None else t.to(on))
 
     def coefficients(self, T: Tensor, basis: Tensor | None = None) -> Tensor:
         """Uᵀ T, or T U on the right side, of the weight as a whole; `T` as `local` is."""
@@ -75,30 +83,76 @@ class Guarded:
         return C
 
     def widen(self, basis: Tensor) -> None:
-        """Take a basis whose leading columns are the present one's.
-
-        Along a new direction it goes back to where it started, as far as that is known.
-        """
+        """Take a basis whose leading columns are the present one's."""
         added = basis[:, self.basis.shape[1] :]
         self.basis = basis.contiguous()
         C = self.coefficients(self.weight.start(), added)
         self.pinned = torch.cat([self.pinned, C], 0 if self.left else -1)
+
+    def pins(self) -> list[Pin]:
+        """What holds ΔW: this parameter's pin, and the other factor's where the start asks it."""
+        if not self.basis.shape[1]:
+            return []
+        own = Pin(self.weight, self.trained.side, self.basis, self.pinned)
+        if self.partner is None or self.partner.kept is None:
+            return [own]
+        carried = self.pinned.mT if self.left else self.pinned  # [r, k]
+        U, S, _ = torch.linalg.svd(carried.double(), full_matrices=False)
+        Q = U[:, S > SHARE * float(self.weight.start().double().norm())].float()
+        if not Q.shape[1]:
+            return [own]
+        T = self.partner.start().float()
+        across = ("left", Q, Q.mT @ T) if self.left else ("right", Q, T @ Q)
+        return [own, Pin(self.partner, *across)]
+
+    def change(self) -> "Change":
+        """How far the weight is from where it began, and how much of that lies in the basis."""
+        U = _exact(self.basis)
+        if self.partner is None:
+            now, start = _exact(self.weight.local), _exact(self.weight.start())
+            D = now - start
+            inside = U.mT @ D if self.left else D @ U
+            return Change(float(D.norm()), float(inside.norm()), float(start.norm()))
+        B, A = (self.weight, self.partner) if self.left else (self.partner, self.weight)
+        B1, A1 = _exact(B.local), _exact(A.local)
+        if B.kept is None:
+            size = _product_norm(B1, A1)
+            inside = float((U.mT @ B1 @ A1).norm()) if self.left else _product_norm(B1, A1 @ U)
+            return Change(size, inside, 0.0)
+        B0, A0 = _exact(B.start()), _exact(A.start())
+        D = B1 @ A1 - B0 @ A0
+        inside = U.mT @ D if self.left else D @ U
+        return Change(float(D.norm()), float(inside.norm()), _product_norm(B0, A0))
 
     def leak(self) -> dict[str, float]:
         """Its rank, the share of the gradient's energy that was blocked, and what got through."""
         blocked = 0.0
         if self.total is not None and float(self.total) > 0:
             blocked = max(0.0, float(self.blocked / self.total))
-        return {"rank": self.basis.shape[1], "blocked": blocked, "through": self._through()}
+        through = self.change().through
+        return {"rank": self.basis.shape[1], "blocked": blocked, "through": through}
 
-    def _through(self) -> float:
-        moved = self.coefficients(self.weight.local) - self.pinned
-        whole = self.weight.local.detach().float()
-        if self.trained.partner is not None:
-            other = self.trained.partner.detach().float()
-            whole, moved = ((T @ other if self.left else other @ T) for T in (whole, moved))
-        size = float(whole.norm())
-        return float(moved.norm()) / size if size > 0 else 0.0
+
+class Change(NamedTuple):
+    """Frobenius norms of ΔW, of what of it lies in a basis, and of what training began with."""
+
+    size: float
+    inside: float
+    start: float
+
+    @property
+    def through(self) -> float:
+        return self.inside / self.size if self.size else self.inside
+
+
+def _exact(T: Tensor) -> Tensor:
+    T = T.detach()
+    return (T.cpu() if T.device.type == "mps" else T).double()  # MPS has no fp64
+
+
+def _product_norm(B: Tensor, A: Tensor) -> float:
+    """‖B A‖ without B A: of `[d_out, r]` and `[r, d_in]`."""
+    return float(((B.mT @ B) * (A @ A.mT)).sum().clamp_min(0).sqrt())
 
 
 class Projections:
@@ -113,22 +167,23 @@ class Projections:
     """
 
     def __init__(self, guarded: Sequence[Guarded], gradients: bool):
-        groups: dict[tuple, list[Guarded]] = {}
+        groups: dict[tuple, list[tuple[Guarded, Pin]]] = {}
         for g in guarded:  # a weight that is kept off outputs and inputs is listed for each
-            groups.setdefault((g.trained.holds, g.trained.side), []).append(g)
+            for n, pin in enumerate(g.pins()[:1] if gradients else g.pins()):
+                groups.setdefault((n, g.trained.holds, pin.side), []).append((g, pin))
         self.gradients = gradients
         self.projectors = [
             (
                 gk.Projector(
-                    [g.weight.local for g in group],
-                    [g.weight.part(g.basis) for g in group],
-                    None if gradients else [g.pinned for g in group],
+                    [pin.weight.local for _, pin in group],
+                    [pin.weight.part(pin.basis) for _, pin in group],
+                    None if gradients else [pin.C for _, pin in group],
                     side=side,
                     measure=gradients,
                 ),
-                group,
+                [g for g, _ in group],
             )
-            for (_, side), group in groups.items()
+            for (_, _, side), group in groups.items()
         ]
 
     def __call__(self) -> None:
@@ -141,3 +196,25 @@ class Projections:
             for g, (total, blocked) in zip(group, projector.energies(), strict=True):
                 g.total = total if g.total is None else g.total + total
                 g.blocked = blocked if g.blocked is None else g.blocked + blocked
+
+
+def averaged(guarded: Sequence[Guarded], shown: Callable[[Tensor], list[Tensor]]) -> list:
+    """Projectors of what stands beside the parameters and is held as they are.
+
+    Args:
+        shown: of a parameter, the tensors of its shape that an optimizer keeps as weights.
+    """
+    groups: dict[tuple, list[tuple[Tensor, Pin]]] = {}
+    for g in guarded:
+        for n, pin in enumerate(g.pins()):
+            for T in shown(pin.weight.local):
+                groups.setdefault((n, g.trained.holds, pin.side), []).append((T, pin))
+    return [
+        gk.Projector(
+            [T for T, _ in group],
+            [pin.weight.part(pin.basis) for _, pin in group],
+            [pin.C for _, pin in group],
+            side=side,
+        )
+        for (_, _, side), group in groups.items()
+    ]

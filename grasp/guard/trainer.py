@@ -1,7 +1,11 @@
 """The guard inside `transformers.Trainer` and what is built on it; nothing else imports Trainer."""
 
+import functools
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from torch import nn
 from transformers import (
@@ -15,6 +19,7 @@ from transformers import (
 from grasp import data
 from grasp.bases.subspaces import Subspaces
 from grasp.files import read_json, write_json
+from grasp.guard.certificate import certificate, why
 from grasp.guard.guard import Guard
 
 STATE = "grasp_guard.safetensors"
@@ -26,7 +31,7 @@ class GraspCallback(TrainerCallback):
 
     Attaches when training begins, pins the weights after each optimizer step, saves its state with
     every checkpoint and takes it up on resuming, logs `grasp/…`, and leaves a certificate of what
-    was blocked, `grasp.json`, in the output folder.
+    was blocked, `grasp.json`, in the output folder. However training ends, the guard goes with it.
 
     Args:
         subspaces: as `Guard`.
@@ -43,44 +48,143 @@ class GraspCallback(TrainerCallback):
         self.subspaces, self.reference, self.options = subspaces, reference, options
         self.guard: Guard | None = None
 
+    def on_init_end(self, args, state, control, **kwargs):
+        if (loop := calling()) is not None:
+            go_first(self, loop.trainer)
+            release_at_the_end(self, loop.trainer)
+
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         if getattr(args, "deepspeed", None):
             raise ValueError(
                 "DeepSpeed steps its own flat copies of the weights, which the guard can't pin; "
                 "train with DDP, or without DeepSpeed"
             )
+        self.release()  # of a training that began before: another batch size, another trial
+        if (loop := calling()) is not None:
+            go_first(self, loop.trainer)
         options = self.options
         if self.reference is not None:
             options = {"tokenizer": kwargs.get("processing_class")} | options
         self.guard = Guard(
             model, self.subspaces, optimizer=optimizer, reference=self.reference, **options
         )
-        saved = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE
-        if state.global_step > 0 and not saved.exists():
-            raise ValueError(
-                f"{saved.parent} was saved without a guard; resume it without GraspCallback, or "
-                "start anew"
-            )
-        self.guard.attach(saved if state.global_step > 0 else None)
+        self.guard.attach(_saved(args, state, loop) if state.global_step > 0 else None)
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            self.guard.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE)
+            loop = calling()
+            folder = Path(args.output_dir if loop is None else loop.folder)
+            self.guard.save(folder / f"checkpoint-{state.global_step}" / STATE)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.guard is None or logs is None:
             return
-        modules = self.guard.leak().values()
-        logs["grasp/blocked"] = _mean([m["blocked"] for m in modules])
-        logs["grasp/through"] = max(m["through"] for m in modules)
-        logs["grasp/rank"] = _mean([m["rank"] for m in modules])
-        if self.guard.divergences:
-            logs["grasp/divergence"] = self.guard.divergences[-1][1]
+        found = self._measured()
+        logs |= found
+        # Trainer has written its history already.
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1] |= found
 
     def on_train_end(self, args, state, control, **kwargs):
         self.guard.detach()
-        if state.is_world_process_zero:
-            write_json(Path(args.output_dir) / CERTIFICATE, self.guard.certificate())
+        if not state.is_world_process_zero:
+            return
+        best = state.best_model_checkpoint if args.load_best_model_at_end else None
+        if best and (Path(best) / STATE).exists():
+            self.guard.judge_by(Path(best) / STATE)  # it was held off the bases that there were
+        found = self.guard.certificate()
+        path = write_json(Path(args.output_dir) / CERTIFICATE, found)
+        if not found["holds"]:
+            warnings.warn(
+                f"the guarantee does not hold for the model that is kept: {why(found)} "
+                f"(through: {found['through']}; {path})",
+                stacklevel=2,
+            )
+
+    def release(self) -> None:
+        """Take the guard off the model, if it is on it."""
+        if self.guard is not None:
+            self.guard.detach()
+
+    def _measured(self) -> dict[str, float]:
+        found = certificate(self.guard.guarded, self.guard.leak(), self.guard.uncovered)
+        modules = found["modules"].values()
+        measured = {
+            "grasp/blocked": _mean([m["blocked"] for m in modules]),
+            "grasp/through": float("nan") if found["through"] is None else found["through"],
+            "grasp/rank": _mean([m["rank"] for m in modules]),
+            "grasp/holds": float(found["holds"]),
+        }
+        if self.guard.divergences:
+            measured["grasp/divergence"] = self.guard.divergences[-1][1]
+        return measured
+
+
+class Loop(NamedTuple):
+    """What calls a callback, and what its arguments do not say."""
+
+    trainer: Trainer
+    resumed_from: str | None
+    folder: str  # of checkpoints: a trial of a hyperparameter search has its own
+
+
+def calling() -> Loop | None:
+    """The Trainer that is calling, found among the callers; None where another loop calls."""
+    trainer, local, frame = None, {}, sys._getframe(1)
+    while frame is not None:
+        trainer = trainer or (owner := frame.f_locals.get("self")) and _trainer(owner)
+        for name in ("resume_from_checkpoint", "trial"):
+            if local.get(name) is None:
+                local[name] = frame.f_locals.get(name)
+        frame = frame.f_back
+    if trainer is None:
+        return None
+    resumed, folder = local["resume_from_checkpoint"], trainer.args.output_dir
+    if local["trial"] is not None:
+        folder = trainer._get_output_dir(trial=local["trial"])
+    return Loop(trainer, resumed if isinstance(resumed, str) else None, folder)
+
+
+def _trainer(owner) -> Trainer | None:
+    return owner if isinstance(owner, Trainer) else None
+
+
+def go_first(callback: TrainerCallback, trainer: Trainer) -> None:
+    """Before the reporters: each reports the logs as they are when its turn comes."""
+    callbacks = trainer.callback_handler.callbacks
+    if callback in callbacks:
+        callbacks.remove(callback)
+        callbacks.insert(0, callback)
+
+
+def release_at_the_end(callback: GraspCallback, trainer: Trainer) -> None:
+    """Trainer gives callbacks no word of an exception, so `train` is made to end with a release."""
+    train = trainer.train
+
+    @functools.wraps(train)
+    def released(*args, **kwargs):
+        try:
+            return train(*args, **kwargs)
+        finally:
+            callback.release()
+
+    trainer.train = released
+
+
+def _saved(args, state, loop: Loop | None) -> Path:
+    """The guard's state in the checkpoint that is resumed.
+
+    Raises:
+        ValueError: it is not there; says where it was looked for.
+    """
+    folder = loop.resumed_from if loop is not None else None
+    folder = Path(folder or Path(args.output_dir) / f"checkpoint-{state.global_step}")
+    if not (folder / STATE).exists():
+        raise ValueError(
+            f"{folder} was saved without a guard (no {STATE} there); resume it without "
+            "GraspCallback, or start anew"
+        )
+    return folder / STATE
 
 
 def fit(

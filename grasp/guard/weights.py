@@ -18,6 +18,8 @@ class Whole:
 
     def __init__(self, trained: Trained):
         self.trained = trained
+        self.kept: Tensor | None = None
+        """Its value when training began; None of a LoRA whose B began at 0, which needs none."""
 
     @property
     def local(self) -> Tensor:
@@ -42,12 +44,17 @@ class Whole:
         """Coefficients of every process's part, added up: those of the weight as a whole."""
         return coefficients
 
-    def start(self) -> Tensor:
-        """`local` when training began, as far as it is known.
+    def remember(self) -> None:
+        """Keep the present value as that of the start, on the CPU: bases may grow much later."""
+        B = self.trained.zero_factor
+        if B is None or bool(B.detach().any()):
+            self.kept = self.local.detach().to("cpu", copy=True)
 
-        A LoRA's factors count as 0: B starts there, and A goes there along what is blocked, which
-        changes no output while B is 0. Of a weight trained itself no copy is kept, so this is what
-        it is now.
+    def start(self) -> Tensor:
+        """`local` when training began.
+
+        Of a LoRA whose B began at 0 both factors count as 0: A goes there along what is blocked,
+        which changes no output while B is 0.
         """
-        now = self.trained.parameter.detach()
-        return now if self.trained.partner is None else torch.zeros_like(now)
+        now = self.local.detach()
+        return torch.zeros_like(now) if self.kept is None else self.kept.to(now)

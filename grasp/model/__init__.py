@@ -10,7 +10,7 @@ from grasp.model.architecture import (
     lora_update,
 )
 from grasp.model.loading import adapted, load_model
-from grasp.model.modes import base_model, evaluating
+from grasp.model.modes import base_model, evaluating, given
 from grasp.model.probe import inspect
 
 __all__ = [
@@ -22,6 +22,7 @@ __all__ = [
     "base_model",
     "base_name",
     "evaluating",
+    "given",
     "inspect",
     "load_model",
     "lora_update",

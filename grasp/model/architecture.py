@@ -7,6 +7,7 @@ it some other way is *hidden* (gate, up), one that does not is a *reader* (query
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ class Matrix:
 
     name: str
     module: nn.Module  # the PEFT wrapper where there is one
-    role: str  # writer, value, hidden or reader
+    role: str  # writer, value, hidden or reader; other where that can't be told
     writer: "Matrix | None" = None
     """The writer that a value or hidden map feeds."""
     select: Tensor | None = None
@@ -39,7 +40,7 @@ class Matrix:
 
         Through autograd, so that a quantised weight answers too.
         """
-        weight = next(self.base.parameters())
+        weight = next(chain(self.base.parameters(), self.base.buffers()))
         dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
         with torch.enable_grad():
             x = torch.zeros(
@@ -61,6 +62,12 @@ class Trained:
     holds: str = "outputs"  # or "inputs"
     partner: nn.Parameter | None = None
     """Of a LoRA B, which starts at 0, the A that it is multiplied with; of the A, the B."""
+
+    @property
+    def zero_factor(self) -> nn.Parameter | None:
+        """Of a LoRA's factors the one that begins at 0, B; None of a weight trained itself."""
+        is_B = self.holds == "outputs" and self.partner is not None
+        return self.parameter if is_B else self.partner
 
     @property
     def size(self) -> int:
@@ -93,7 +100,7 @@ class Architecture:
         for block in self.blocks:
             parts = [
                 f"{role}: " + ", ".join(m.name.removeprefix(block.name + ".") for m in maps)
-                for role in ("writer", "value", "hidden", "reader")
+                for role in ("writer", "value", "hidden", "reader", "other")
                 if (maps := block.of_role(role))
             ]
             kinds.setdefault(" · ".join(parts), []).append(block.index)
@@ -157,8 +164,12 @@ def _adapters(module: nn.Module) -> list[str]:
 
 def _trained(matrix: Matrix) -> Iterator[Trained]:
     module, base = matrix.module, matrix.base
+    known = set()
     for adapter in _adapters(module):
+        if not hasattr(module.lora_B[adapter], "weight"):
+            break
         parameter = module.lora_B[adapter].weight
+        known |= {id(parameter), id(module.lora_A[adapter].weight)}
         if not parameter.requires_grad:
             continue
         if adapter in getattr(module, "lora_magnitude_vector", {}):
@@ -170,11 +181,19 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
         name = f"{matrix.name}.lora_B.{adapter}"
         yield Trained(name, parameter, "left", matrix, partner=A)
     transposed = type(base).__name__ == "Conv1D"
-    if base.weight.requires_grad:
+    weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
+    known |= {id(weight), id(bias)}
+    for name, p in module.named_parameters():
+        if p.requires_grad and id(p) not in known:
+            raise ValueError(
+                f"{matrix.name}.{name} is trained by a {type(module).__module__.split('.')[-2]} "
+                "adapter, whose update is no product B A; train with LoRA (peft.LoraConfig)"
+            )
+    if weight is not None and weight.requires_grad:
         side = "right" if transposed else "left"
-        yield Trained(f"{matrix.name}.weight", base.weight, side, matrix)
-    if base.bias is not None and base.bias.requires_grad:
-        yield Trained(f"{matrix.name}.bias", base.bias, "right", matrix)
+        yield Trained(f"{matrix.name}.weight", weight, side, matrix)
+    if bias is not None and bias.requires_grad:
+        yield Trained(f"{matrix.name}.bias", bias, "right", matrix)
 
 
 def _reading(t: Trained) -> Trained:

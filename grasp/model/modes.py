@@ -1,9 +1,9 @@
-"""States that a model is put into for a while, and taken out of again."""
+"""States that a model is put into for a while, and what its modules are given."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
-from torch import nn
+from torch import Tensor, nn
 
 
 @contextmanager
@@ -23,3 +23,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             module.training = training
+
+
+def given(args: tuple, kwargs: dict) -> Tensor:
+    """What a linear map was called with, by position or by whatever name."""
+    return args[0] if args else next(iter(kwargs.values()))

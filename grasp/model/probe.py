@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
-from grasp.model.modes import evaluating
+from grasp.model.modes import evaluating, given
 
 PROBE_TOKEN = 1
 
@@ -20,7 +20,8 @@ def inspect(model: nn.Module) -> Architecture:
         model: any `transformers` decoder, wrapped by PEFT or not; its weights on one device.
 
     Raises:
-        ValueError: the model is no decoder-only model, or a block is not understood; says which.
+        ValueError: the model is no decoder-only model, or what is trained in a block is no linear
+            map that runs for every token; says which. What is not trained need not be understood.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -42,8 +43,11 @@ def inspect(model: nn.Module) -> Architecture:
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
+    """The decoder's: of a model with a vision tower that is what `get_decoder` gives."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    prefix = next((n for n, m in model.named_modules() if m is decoder), "")
     candidates: list[tuple[int, str, nn.ModuleList]] = []
-    for name, module in model.named_modules():
+    for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
         inside = any(name.startswith(outer + ".") for _, outer, _ in candidates)
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside:
             continue
@@ -67,15 +71,19 @@ def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
 def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]) -> None:
     known = {id(p) for m in linears.values() for p in m.parameters()}
     for name, parameter in block.named_parameters(prefix=prefix):
-        if parameter.ndim > 1 and id(parameter) not in known:
+        if parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in known:
             raise ValueError(
-                f"{name} {list(parameter.shape)} is in no linear map (a mixture of experts, or a "
-                "layer of another kind); such blocks can't be guarded"
+                f"{name} {list(parameter.shape)} is trained, but in no linear map (a mixture of "
+                "experts, or a layer of another kind), so it can't be guarded; train the attention "
+                "alone, or the linear maps"
             )
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Whether it maps vectors to vectors, quantised or not: of no such class need it be."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return True
+    return {"in_features", "out_features"} <= vars(module).keys() and not list(module.children())
 
 
 class _Trace:
@@ -106,8 +114,8 @@ class _Trace:
         inputs: dict[int, Tensor] = {}
         produced: dict[int, tuple[int, Tensor]] = {}  # holding the tensors keeps ids unique
 
-        def linear_hook(module, args, output):
-            inputs[id(module)] = args[0].detach().float().reshape(-1)
+        def linear_hook(module, args, kwargs, output):
+            inputs[id(module)] = given(args, kwargs).detach().float().reshape(-1)
             if id(module) in outputs:
                 output = outputs[id(module)].to(output).expand_as(output).clone()
             produced[id(output)] = (id(module), output)
@@ -119,7 +127,7 @@ class _Trace:
 
         inner = {id(c) for m in self.linears for c in m.modules()}
         norms = [m for m in self.model.modules() if id(m) not in inner and _is_norm(m)]
-        hooks = [m.register_forward_hook(linear_hook) for m in self.linears]
+        hooks = [m.register_forward_hook(linear_hook, with_kwargs=True) for m in self.linears]
         hooks += [m.register_forward_hook(norm_hook) for m in norms]
         token = torch.full((1, 1), PROBE_TOKEN, device=next(self.model.parameters()).device)
         try:
@@ -150,36 +158,33 @@ def _understand(
 ) -> tuple[Matrix, ...]:
     branches: dict[str, list[str]] = {}
     for name, module in linears.items():
-        if id(module) in trace.order:
+        if id(module) not in trace.order:
+            if any(p.requires_grad for p in module.parameters()):
+                raise ValueError(
+                    f"{name} is trained but did not run for a token (one of a mixture of "
+                    "experts?), so it can't be guarded; train the attention alone"
+                )
+        else:
             child = name.removeprefix(prefix + ".").split(".")[0]
             # Linear maps that hang on the block itself (OPT's fc1, fc2) form one branch.
             branch = "" if getattr(block, child) is module else child
             branches.setdefault(branch, []).append(name)
-    if not branches:
-        raise ValueError(f"{prefix}: no linear map ran for a text token; this block can't be read")
-    idle = [name for name, module in linears.items() if id(module) not in trace.order]
-    if idle:
-        raise ValueError(
-            f"{prefix}: {idle[0]} did not run for a token (a mixture of experts?); "
-            "such blocks can't be guarded"
-        )
     matrices: list[Matrix] = []
     for names in branches.values():
         names.sort(key=lambda n: trace.order[id(linears[n])])
         *others, last = names
         writer = _writer(trace, last, linears[last], width)
+        if writer is None:  # a router, or a branch whose last map is no writer
+            matrices += [Matrix(name, linears[name], "other") for name in names]
+            continue
         matrices.append(writer)
         matrices += [_source(trace, name, linears[name], writer) for name in others]
     return tuple(matrices)
 
 
-def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix:
-    base = getattr(module, "base_layer", module)
-    if out_features(base) != width:
-        raise ValueError(
-            f"{name} runs last in its branch but has {out_features(base)} outputs, not the "
-            f"width {width}; this block can't be read"
-        )
+def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix | None:
+    if out_features(getattr(module, "base_layer", module)) != width:
+        return None
     norm = trace.norm_of.get(id(module))
     if norm is None:
         return Matrix(name, module, "writer")
@@ -187,8 +192,8 @@ def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix:
     with torch.no_grad():  # an RMS norm maps ones to its weight, whatever it adds to that weight
         ones = torch.ones(1, width, device=device, dtype=norm.weight.dtype)
         scale, double = norm(ones).float()[0], norm(-ones).float()[0]
-    if not torch.allclose(scale, -double):
-        raise ValueError(f"{name} feeds a norm with a bias or a mean; this block can't be read")
+    if not torch.allclose(scale, -double):  # a norm with a bias or a mean
+        return None
     return Matrix(name, module, "writer", scale=scale)
 
 

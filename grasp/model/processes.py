@@ -39,7 +39,9 @@ def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel or DataParallel."""
+    """The model inside DistributedDataParallel, DataParallel or what torch.compile gives."""
+    if hasattr(model, "_orig_mod"):  # of torch.compile
+        return unwrapped(model._orig_mod)
     wrappers = (DistributedDataParallel, DataParallel)
     return unwrapped(model.module) if isinstance(model, wrappers) else model
 

@@ -25,7 +25,7 @@ def penalised(model: nn.Module, reference: Reference, weight: float) -> Iterator
     if weight < 0:
         raise ValueError(f"weight is {weight}; give 0 or more")
 
-    def add() -> None:
+    def add(optimizer) -> None:
         with evaluating(model), torch.enable_grad():
             (weight * reference.divergence(model, reference.sample())).backward()
 

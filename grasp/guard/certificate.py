@@ -1,0 +1,82 @@
+"""What a guard says of the weights that are kept: how much got through, and whether that holds."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from grasp.guard.guarded import Guarded
+
+EXACT = 1e-6  # of ΔW that may lie in a basis
+ROUNDINGS = 4  # of the weight that training began with, each ε/2 of its norm: measured 1 to 2
+
+
+def bound(g: Guarded) -> float:
+    """What may get through: 1e-6, or what rounding to the weight's dtype adds, if that is more.
+
+        max(1e-6, ε/2, 4 · ε/2 · ‖W₀‖ / ‖ΔW‖)      ε of the dtype
+
+    A weight that training did not begin with 0 is rounded as a whole at each step, so what it does
+    along a basis is kept to that rounding, however little it moves otherwise.
+    """
+    change = g.change()
+    half = torch.finfo(g.parameter.dtype).eps / 2
+    start = ROUNDINGS * half * change.start / change.size if change.size > 0 else 0.0
+    return max(EXACT, half, start)
+
+
+def certificate(
+    guarded: Sequence[Guarded], leak: Mapping[str, dict], uncovered: Sequence[str] = ()
+) -> dict:
+    """Whether the guarantee holds for the weights as they are now, in total and by module.
+
+    Args:
+        guarded: all of a guard.
+        leak: what `Guarded.leak` gave, by name.
+        uncovered: parameters that began to train after the guard was attached.
+
+    Returns:
+        `holds`: every weight is finite, nothing more got through than its `bound`, and nothing is
+        uncovered. `through`: the most of any module; None if a weight is NaN or infinite.
+        `finite`, `uncovered`, and `modules`: `leak` with `bound`, `holds`, and of weights that
+        training did not begin with 0 `moved`, ‖ΔW‖ / ‖W₀‖.
+    """
+    modules = {}
+    for g in guarded:
+        found = dict(leak[g.name])
+        change = g.change()
+        found["bound"] = bound(g)
+        found["holds"] = math.isfinite(found["through"]) and found["through"] <= found["bound"]
+        if change.start > 0:
+            found["moved"] = change.size / change.start
+        modules[g.name] = {k: finite(v) for k, v in found.items()}
+    worst = max((m["through"] for m in leak.values()), key=_nan_last)
+    return {
+        "holds": all(m["holds"] for m in modules.values()) and not uncovered,
+        "through": finite(worst),
+        "finite": all(math.isfinite(m["through"]) for m in leak.values()),
+        "uncovered": list(uncovered),
+        "modules": modules,
+    }
+
+
+def why(found: Mapping) -> str:
+    """The likely cause, in a sentence, of a certificate that does not hold."""
+    if not found["finite"]:
+        return "weights are NaN or infinite: training diverged; lower the learning rate"
+    if found["uncovered"]:
+        names = ", ".join(found["uncovered"][:4])
+        return f"{names} began to train after the guard was attached; unfreeze before training"
+    return (
+        "the weights were moved after the last guarded step: another model was loaded at the end, "
+        "weights were averaged or cast, or something other than a torch optimizer changed them"
+    )
+
+
+def finite(value):
+    """A value as JSON can hold it: None for NaN and infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _nan_last(value: float) -> tuple[bool, float]:
+    return (not math.isfinite(value), value if math.isfinite(value) else 0.0)

@@ -1,0 +1,73 @@
+"""What is refused or told when a guard is attached."""
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from grasp.guard.guarded import Guarded
+from grasp.model import Architecture, Trained
+
+if TYPE_CHECKING:
+    from grasp.guard.guard import Guard
+
+_HOLDERS: dict[int, "weakref.ref[Guard]"] = {}  # by the parameters that are guarded
+
+
+def take_over(guard: "Guard", parameters: Sequence[Tensor]) -> None:
+    """Detach what was left behind on the parameters: each has one guard."""
+    for p in parameters:
+        held_by = _HOLDERS.get(id(p))
+        other = held_by() if held_by else None
+        if other not in (None, guard) and any(g.parameter is p for g in other.guarded):
+            other.detach()
+        _HOLDERS[id(p)] = weakref.ref(guard)
+
+
+def refuse_rounded(trained: Sequence[Trained]) -> None:
+    """Refuse weights trained themselves in 16 bits.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for t in trained:
+        if t.partner is None and t.parameter.dtype in (torch.bfloat16, torch.float16):
+            dtype = str(t.parameter.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{t.name} is trained itself in {dtype}, whose rounding alone lets up to 0.9 of "
+                "its change through; load the model in float32 (Trainer's bf16=True still computes "
+                "in bf16), or train a LoRA"
+            )
+
+
+def tell_open(found: Architecture, trained: Sequence[Trained], guarded: Sequence[Guarded]) -> None:
+    """Warn of what is trained and not covered, by either of its factors."""
+    covered = {id(g.parameter) for g in guarded}
+    open_ways = [
+        t.name
+        for t in trained
+        if not covered & {id(t.parameter), id(t.partner)} and t.matrix.role != "reader"
+    ] + found.untracked()
+    if open_ways:
+        warnings.warn(
+            "the factor can still be written through trained modules that the guard does not "
+            f"cover: {', '.join(open_ways[:8])}{' …' if len(open_ways) > 8 else ''}",
+            stacklevel=4,
+        )
+
+
+def tell_held(guarded: Sequence[Guarded]) -> None:
+    """Warn of adapters that go on, where what they do to blocked inputs holds a whole factor."""
+    whole = [
+        g.name for g in guarded for pin in g.pins()[1:] if pin.basis.shape[1] == pin.basis.shape[0]
+    ]
+    if whole:
+        warnings.warn(
+            f"{len(whole)} adapters go on from what they learned ({whole[0]}, …) and act on what "
+            "is blocked, so one of their factors is held and they learn less; to let both learn, "
+            "merge it and start a fresh LoRA",
+            stacklevel=4,
+        )

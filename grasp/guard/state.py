@@ -1,0 +1,165 @@
+"""What a guarded run is resumed from: a file of its own, and one of the inputs' bases beside it."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialised
+from torch import Tensor
+
+from grasp.files import write_bytes
+from grasp.guard.guarded import SAVED, Guarded
+from grasp.guard.weights import Whole
+
+if TYPE_CHECKING:
+    from grasp.guard.guard import Guard
+
+SAME = 1e-4  # of a sketch: two bases that differ by less are one
+
+
+def save(guard: "Guard", path: Path) -> Path:
+    """Write a guard's state; what `load` takes."""
+    tensors = {
+        f"{key}.{g.name}": tensor.clone().contiguous()  # a shared basis is stored for each
+        for g in guard.guarded
+        for key, tensor in g.saved().items()
+        if not (_is_of_inputs(g) and key in ("basis", "pinned"))
+    }
+    tensors |= {f"sketch.{g.name}": _sketch(g.basis) for g in guard.guarded if _is_of_inputs(g)}
+    starts = {id(g.weight): g for g in reversed(guard.guarded) if g.weight.kept is not None}
+    tensors |= {f"start.{g.name}": g.weight.kept for g in starts.values()}
+    others = {
+        id(g.partner): g
+        for g in guard.guarded
+        if g.partner and g.partner.kept is not None and id(g.partner) not in starts
+    }
+    tensors |= {f"start of partner.{g.name}": g.partner.kept for g in others.values()}
+    if guard.growth is not None:
+        tensors |= guard.growth.state_dict()
+    names = [g.name for g in guard.guarded]
+    about = {"steps": guard.steps, "divergences": guard.divergences, "guarded": names}
+    _save_inputs(guard, _beside(path))
+    return write_bytes(path, serialised(tensors, metadata={"grasp_guard": json.dumps(about)}))
+
+
+def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
+    """Take up what `save` wrote.
+
+    Raises:
+        ValueError: the file is no guard's, or another's; or the inputs' bases are not beside it and
+            what is found anew is not the same.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["grasp_guard"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is no saved guard ({error})") from error
+    if odd := {g.name for g in guard.guarded} ^ set(about["guarded"]):
+        odd = min(odd)
+        raise ValueError(f"{path} is of another guard: {odd} is in one of them only")
+    guard.steps = about["steps"]
+    for g in guard.guarded:
+        for weight, key in ((g.weight, "start"), (g.partner, "start of partner")):
+            if (kept := tensors.get(f"{key}.{g.name}")) is not None:
+                weight.kept = kept
+    for g in guard.guarded:
+        if _is_of_inputs(g):
+            g.pinned = g.coefficients(g.weight.start())
+            saved = g.saved() | {
+                k: t for k in SAVED if (t := tensors.get(f"{k}.{g.name}")) is not None
+            }
+            g.restore(saved)
+        else:
+            g.restore({key: tensors.get(f"{key}.{g.name}") for key in SAVED})
+    if guard.growth is None:
+        return
+    guard.growth.load_state_dict(tensors)
+    inputs = [g for g in guard.guarded if _is_of_inputs(g)]
+    if _beside(path).exists():
+        _load_inputs(inputs, _beside(path))
+    else:
+        with _at_start(weights):
+            guard.growth.start(guard.model, inputs)
+    for g in inputs:
+        sketch = tensors[f"sketch.{g.name}"].to(g.basis)
+        if float((_sketch(g.basis).to(sketch) - sketch).norm()) > SAME * float(sketch.norm()):
+            raise ValueError(
+                f"{_beside(path)} is missing or of another run, and what {g.name} takes in is not "
+                "what it was; put the file back, or use the model and prompts of that run"
+            )
+    guard.growth.divergences = [tuple(d) for d in about["divergences"]]
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f"{path.stem}_inputs.safetensors")
+
+
+def _is_of_inputs(g: Guarded) -> bool:
+    """Whether its basis is found once and never grows, and is pinned to what is known."""
+    return g.trained.holds == "inputs" and g.trained.partner is not None
+
+
+def _sketch(basis: Tensor) -> Tensor:
+    """V Vᵀ x for a set x `[d]`: the same for two bases of one subspace alone."""
+    x = torch.randn(basis.shape[0], generator=torch.Generator().manual_seed(0)).to(basis)
+    return (basis @ (basis.mT @ x)).cpu()
+
+
+def _save_inputs(guard: "Guard", path: Path) -> None:
+    inputs = [g for g in guard.guarded if _is_of_inputs(g)]
+    if not inputs:
+        return
+    before = guard.inputs_file
+    if before is not None and before.exists() and before != path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        try:
+            os.link(before, path)  # they never change, so that checkpoints can share one file
+        except OSError:
+            shutil.copyfile(before, path)
+    elif before != path or not path.exists():
+        owners = {g.basis.data_ptr(): g.name for g in reversed(inputs)}
+        tensors = {g.name: g.basis for g in inputs if owners[g.basis.data_ptr()] == g.name}
+        same = {g.name: owners[g.basis.data_ptr()] for g in inputs}
+        write_bytes(path, serialised(tensors, metadata={"same": json.dumps(same)}))
+    guard.inputs_file = path
+
+
+def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
+    try:
+        with safe_open(path, framework="pt") as file:
+            same = json.loads((file.metadata() or {})["same"])
+            bases = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{path} holds no bases of inputs ({error})") from error
+    moved: dict[tuple, Tensor] = {}
+    for g in inputs:
+        key = same[g.name], g.parameter.device
+        if key not in moved:
+            moved[key] = bases[key[0]].to(key[1])
+        g.basis = g.basis[:, :0]
+        g.pinned = g.coefficients(g.weight.start())
+        g.widen(moved[key])
+
+
+@contextmanager
+def _at_start(weights: Sequence[Whole]) -> Iterator[None]:
+    """Every trained weight as it was when training began: the base of the run."""
+    now = [(w, w.local.detach().clone()) for w in weights]
+    with torch.no_grad():
+        for weight, _ in now:
+            if weight.kept is not None or weight.trained.holds == "outputs":
+                weight.local.copy_(weight.start())
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight, value in now:
+                weight.local.copy_(value)

@@ -1,0 +1,423 @@
+"""What a certificate says is so of the weights that are kept, computed apart from the guard."""
+
+import json
+import math
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig
+from transformers import Trainer, TrainerCallback
+
+import grasp
+from grasp import Guard
+from grasp.guard.trainer import CERTIFICATE, STATE
+from tests.models import PROMPTS, batch, build, subspaces, train, trainable, with_lora
+from tests.test_trainer import ROWS, arguments
+
+FORMS = {
+    "outputs found": {"read": 0.0, "rank": 3},
+    "inputs": {"read": 0.5, "rank": 0},
+    "both": {"read": 0.5, "rank": 3},
+    "given": {},
+}
+
+
+def guarded(model, optimizer, form: str = "both") -> Guard:
+    if form == "given":
+        return Guard(model, subspaces(), optimizer=optimizer)
+    options = {"tokens": 2, "every": 1, "refresh": 2, "grow": 2, **FORMS[form]}
+    return Guard(model, reference=PROMPTS, optimizer=optimizer, **options)
+
+
+def deltas(model) -> dict[str, torch.Tensor]:
+    """What each LoRA adds, from its factors, by the name of its module and adapter."""
+    found = {}
+    for name, module in model.named_modules():
+        for adapter in getattr(module, "lora_A", {}):
+            B, A = (f[adapter].weight.detach().double() for f in (module.lora_B, module.lora_A))
+            found[f"{name}|{adapter}"] = module.scaling[adapter] * B @ A
+    return found
+
+
+def through(guard: Guard, before: dict, after: dict) -> float:
+    """The largest share of a change that lies in a basis."""
+    worst, seen = 0.0, 0
+    for name, basis in guard.bases.items():
+        module, adapter = name.replace(".lora_B.", "|").replace(".lora_A.", "|").rsplit("|", 1)
+        D = after[f"{module}|{adapter}"] - before[f"{module}|{adapter}"]
+        U = basis.double()
+        inside = U.mT @ D if ".lora_B." in name else D @ U
+        worst, seen = max(worst, float(inside.norm() / D.norm())), seen + 1
+    assert seen
+    return worst
+
+
+def trained_before(**options):
+    model = with_lora(build(), **options)
+    if not options:
+        train(model, torch.optim.AdamW(trainable(model), lr=3e-2), 6)
+    return model
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("start", [{}, {"init_lora_weights": "pissa"}])
+def test_an_adapter_that_goes_on_is_held_from_where_it_began(form, start):
+    """ΔW is the change from the start, whatever the adapter did before: Uᵀ(BA − B₀A₀) = 0."""
+    model = trained_before(**start)
+    before = deltas(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2, weight_decay=0.1)
+    with guarded(model, optimizer, form) as guard:
+        plain = model(**batch()).logits
+        train(model, optimizer, 12)
+    after = deltas(model)
+    found = guard.certificate()
+    assert through(guard, before, after) == pytest.approx(found["through"], rel=1e-3)
+    assert found["holds"] and max(m["bound"] for m in found["modules"].values()) < 1e-5
+    assert float((model(**batch()).logits - plain).detach().abs().max()) > 1e-3  # it did learn
+
+
+def test_without_the_other_factors_pin_an_adapter_that_goes_on_leaks(monkeypatch):
+    from grasp.guard.guarded import Guarded
+
+    both = Guarded.pins
+    monkeypatch.setattr(Guarded, "pins", lambda self: both(self)[:1])
+    model = trained_before()
+    before = deltas(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with guarded(model, optimizer, "given") as guard:
+        train(model, optimizer, 12)
+    assert through(guard, before, deltas(model)) > 1e-3
+    assert not guard.certificate()["holds"]
+
+
+def test_a_frozen_adapter_below_is_part_of_the_base():
+    model = trained_before()
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    model.add_adapter("new", config)
+    model.base_model.set_adapter(["default", "new"])
+    for name, p in model.named_parameters():
+        p.requires_grad_(".new." in name)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with guarded(model, optimizer) as guard:
+        assert abs(guard.growth.reference.measure(model)) < 1e-5  # nothing has moved
+        before = deltas(model)
+        train(model, optimizer, 6)
+        assert through(guard, before, deltas(model)) <= 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("rate", [1e-2, 1e-3, 1e-5])
+def test_a_weight_trained_itself_is_judged_by_its_change(form, rate):
+    model = build()
+    for name, p in model.named_parameters():
+        p.requires_grad_("_proj" in name)
+    before = {n: p.detach().double() for n, p in model.named_parameters()}
+    optimizer = torch.optim.AdamW(trainable(model), lr=rate)
+    with guarded(model, optimizer, form) as guard:
+        train(model, optimizer, 12)
+    found = guard.certificate()
+    for name, basis in guard.bases.items():
+        W = model.get_parameter(name.removesuffix(" (inputs)")).detach().double()
+        D, U = W - before[name.removesuffix(" (inputs)")], basis.double()
+        real = float((D @ U if "(inputs)" in name else U.mT @ D).norm() / D.norm())
+        said = found["modules"][name]
+        assert real == pytest.approx(said["through"], rel=1e-6)
+        assert said["holds"] and said["through"] <= said["bound"]
+        assert float((D @ U if "(inputs)" in name else U.mT @ D).norm()) < 3e-7 * (W - D).norm()
+        assert said["moved"] == pytest.approx(float(D.norm() / (W - D).norm()), rel=1e-6)
+    assert found["holds"]
+
+
+def test_weights_trained_themselves_in_16_bits_are_refused():
+    model = build().bfloat16()
+    with pytest.raises(ValueError, match="bfloat16.*load the model in float32.*or train a LoRA"):
+        Guard(model, reference=PROMPTS, tokens=2).attach()
+
+
+def test_an_adapter_in_16_bits_says_its_floor():
+    model = with_lora(build())
+    for p in trainable(model):
+        p.data = p.data.bfloat16()
+    optimizer = torch.optim.SGD(trainable(model), lr=0.5)
+    with guarded(model, optimizer, "given") as guard:
+        train(model, optimizer, 6)
+    found = guard.certificate()
+    assert found["holds"] and 1e-6 < found["through"]
+    assert all(m["bound"] == 2**-8 for m in found["modules"].values())
+
+
+class Lookahead(torch.optim.Optimizer):
+    """Steps an optimizer, and every third time goes back half of the way: Zhang et al. 2019."""
+
+    def __init__(self, optimizer):
+        self.optimizer, self.count = optimizer, 0
+        super().__init__(optimizer.param_groups, {})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.optimizer.step()
+        self.count += 1
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                slow = state.setdefault("slow_param", p.detach().clone())
+                if self.count % 3 == 0:
+                    slow += 0.5 * (p - slow)
+                    p.copy_(slow)
+
+
+@pytest.mark.parametrize("form", ["both", "given"])
+@pytest.mark.parametrize("count", [6, 7])
+def test_an_optimizer_around_another_is_held_after_its_own_move(form, count):
+    model = with_lora(build())
+    optimizer = Lookahead(torch.optim.AdamW(trainable(model), lr=1e-2))
+    before = deltas(model)
+    with guarded(model, optimizer, form) as guard:
+        train(model, optimizer, count)
+        assert guard.steps == count
+    assert through(guard, before, deltas(model)) <= 1e-6
+    for p in trainable(model):
+        with torch.no_grad():
+            p.copy_(optimizer.state[p]["slow_param"])
+    assert through(guard, before, deltas(model)) <= 1e-6
+
+
+def test_what_an_optimizer_shows_for_evaluation_is_held_too():
+    schedulefree = pytest.importorskip("schedulefree")
+    model = with_lora(build())
+    optimizer = schedulefree.AdamWScheduleFree(trainable(model), lr=1e-2)
+    optimizer.train()
+    before = deltas(model)
+    with guarded(model, optimizer) as guard:
+        train(model, optimizer, 20)
+        optimizer.eval()
+    assert through(guard, before, deltas(model)) <= 1e-6
+
+
+def test_two_optimizers_count_as_one_step():
+    model = with_lora(build())
+    named = dict(model.named_parameters())
+    first, second = (
+        torch.optim.AdamW([p for n, p in named.items() if part in n], lr=1e-2)
+        for part in ("lora_A", "lora_B")
+    )
+    before = deltas(model)
+    with guarded(model, first) as guard:
+        for i in range(6):
+            model(**batch(seed=i)).loss.backward()
+            first.step()
+            second.step()
+            model.zero_grad()
+        assert guard.steps == 6
+    assert through(guard, before, deltas(model)) <= 1e-6
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_optimizer_that_steps_inside_the_backward_pass_is_refused(form):
+    model = with_lora(build())
+    own = {p: torch.optim.AdamW([p], lr=1e-3) for p in trainable(model)}
+    for p in own:
+        p.register_post_accumulate_grad_hook(lambda p: own[p].step())
+    with guarded(model, None, form), pytest.raises(RuntimeError, match="inside the backward pass"):
+        model(**batch()).loss.backward()
+
+
+def test_what_begins_to_train_later_is_told_and_not_certified():
+    model = with_lora(build())
+    late = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")
+    optimizer = torch.optim.AdamW([*trainable(model), late], lr=1e-2)
+    with guarded(model, optimizer) as guard:
+        train(model, optimizer, 2)
+        assert guard.certificate()["holds"]
+        late.requires_grad_(True)
+        with pytest.warns(UserWarning, match="q_proj.base_layer.weight began to train after"):
+            train(model, optimizer, 1)
+    found = guard.certificate()
+    assert not found["holds"] and "q_proj" in found["uncovered"][0]
+
+
+def test_inputs_alone_leave_no_way_open():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with guarded(with_lora(build()), None, "inputs"):
+            pass
+
+
+def test_a_parameter_has_one_guard():
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    first = guarded(model, optimizer, "given").attach()
+    second = guarded(model, optimizer).attach()
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in trainable(model))
+    first.detach()
+    assert all(len(p._post_accumulate_grad_hooks) == 1 for p in trainable(model))
+    second.detach()
+
+
+def test_the_global_generator_is_never_drawn_from():
+    wide = build()
+    model = with_lora(wide)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    state = torch.get_rng_state()
+    with guarded(model, optimizer) as guard:
+        train(model, optimizer, 4)
+        guard.certificate()
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_large_gradients_leading_directions_are_torchs():
+    from grasp.bases.growth import _range
+
+    torch.manual_seed(0)
+    D = torch.randn(300, 6) * torch.tensor([9.0, 7, 5, 1, 0.1, 0.01]) @ torch.randn(6, 400)
+    U, S = _range(D + 1e-3 * torch.randn(300, 400), 7)
+    exact = torch.linalg.svd(D, full_matrices=False)
+    torch.testing.assert_close(S[:3], exact.S[:3], rtol=1e-3, atol=0)
+    assert float((exact.U[:, :3].mT @ U[:, :3]).norm() ** 2) == pytest.approx(3, abs=1e-3)
+
+
+def callback(**options):
+    chosen = {"reference": PROMPTS, "tokens": 2, "every": 1, "refresh": 2, "rank": 4}
+    return grasp.GraspCallback(**(chosen | options))
+
+
+def trainer(out, *callbacks, model=None, kind=Trainer, **options) -> Trainer:
+    args = arguments(out, **options)
+    chosen = model or with_lora(build())
+    return kind(model=chosen, args=args, train_dataset=ROWS, callbacks=list(callbacks))
+
+
+def hooks(model) -> int:
+    return sum(len(p._post_accumulate_grad_hooks or {}) for p in model.parameters())
+
+
+class Stops(TrainerCallback):
+    def __init__(self, at: int, error: type[BaseException]):
+        self.at, self.error = at, error
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            self.at = -1
+            raise self.error("stopped")
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
+def test_no_guard_is_left_behind_and_the_run_goes_on_as_if_unbroken(tmp_path, error):
+    def run(name, *others):
+        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9}
+        return trainer(tmp_path / name, callback(), *others, learning_rate=3e-2, **options)
+
+    whole = run("whole")
+    whole.train()
+    broken = run("broken", Stops(5, error))
+    with pytest.raises(error):
+        broken.train()
+    assert hooks(broken.model) == 0
+    broken.train(resume_from_checkpoint=True)
+    assert hooks(broken.model) == 0
+    for a, b in zip(trainable(whole.model), trainable(broken.model), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_second_training_begins_where_the_first_ended(tmp_path):
+    hold = callback()
+    t = trainer(tmp_path, hold, model=with_lora(build(), r=8))
+    t.train()
+    before = deltas(t.model)
+    with pytest.warns(UserWarning, match="merge it and start a fresh LoRA"):
+        t.train()
+    after = deltas(t.model)
+    assert through(hold.guard, before, after) <= 2e-6
+    assert max(float((after[n] - before[n]).norm() / W.norm()) for n, W in after.items()) > 1e-2
+    assert json.loads((tmp_path / CERTIFICATE).read_text())["holds"]
+    assert hooks(t.model) == 0
+
+
+class NotANumber(Trainer):
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * math.nan if self.state.global_step == 3 else loss
+
+
+@pytest.mark.parametrize("make", [callback, lambda: grasp.GraspCallback(subspaces())])
+def test_weights_that_are_no_numbers_are_never_certified(tmp_path, make):
+    t = trainer(tmp_path, make(), kind=NotANumber, max_grad_norm=0.0)
+    with pytest.warns(UserWarning, match="does not hold.*NaN or infinite.*learning rate"):
+        t.train()
+    found = json.loads((tmp_path / CERTIFICATE).read_text())
+    assert found["holds"] is False and found["finite"] is False and found["through"] is None
+    assert t.state.log_history[-1]["grasp/holds"] == 0
+
+
+class Averaged(TrainerCallback):
+    """Puts other weights into the model at the end, as an average that nobody pinned would."""
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        with torch.no_grad():
+            for p in trainable(model):
+                p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+
+
+def test_the_certificate_is_of_the_model_that_is_kept(tmp_path):
+    before = None
+    hold = callback()
+    t = trainer(tmp_path, hold, Averaged())
+    before = deltas(t.model)
+    with pytest.warns(UserWarning, match="does not hold for the model that is kept"):
+        t.train()
+    found = json.loads((tmp_path / CERTIFICATE).read_text())
+    assert found["holds"] is False
+    assert found["through"] == pytest.approx(through(hold.guard, before, deltas(t.model)), rel=1e-3)
+
+
+def test_resumes_wherever_the_checkpoint_lies_and_says_where_it_looked(tmp_path):
+    first = trainer(tmp_path / "run", callback(), save_strategy="steps", save_steps=3)
+    first.train()
+    moved = tmp_path / "elsewhere" / "named"
+    moved.parent.mkdir()
+    (tmp_path / "run" / "checkpoint-3").rename(moved)
+    again = trainer(tmp_path / "other", callback())
+    again.train(resume_from_checkpoint=str(moved))
+    for a, b in zip(trainable(first.model), trainable(again.model), strict=True):
+        assert torch.equal(a, b)
+    (moved / STATE).unlink()
+    with pytest.raises(ValueError, match="named was saved without a guard"):
+        trainer(tmp_path / "third", callback()).train(resume_from_checkpoint=str(moved))
+
+
+def test_bases_of_inputs_are_shared_by_checkpoints_and_found_anew_where_they_are_lost(tmp_path):
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
+    guard = guarded(model, optimizer).attach()
+    train(model, optimizer, 4)
+    one, two = (tmp_path / n / "guard.safetensors" for n in ("a", "b"))
+    guard.save(one)
+    guard.save(two)
+    guard.detach()
+    beside = [p.with_name("guard_inputs.safetensors") for p in (one, two)]
+    assert beside[0].samefile(beside[1])
+    beside[1].unlink()
+    for state in (one, two):
+        again = guarded(model, optimizer).attach(state)
+        for name, basis in guard.bases.items():
+            torch.testing.assert_close(again.bases[name], basis, atol=1e-5, rtol=0)
+        again.detach()
+    other = with_lora(build(seed=1))
+    with pytest.raises(ValueError, match="is missing or of another run"):
+        guarded(other, torch.optim.SGD(trainable(other))).attach(two)
+
+
+def test_metrics_are_in_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    t = trainer(tmp_path, callback(), report_to="tensorboard")
+    t.train()
+    folder = next(tmp_path.rglob("events.out.tfevents.*")).parent
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    tags = set(events.Tags()["scalars"])
+    for name in ("blocked", "through", "rank", "divergence", "holds"):
+        assert any(tag.endswith(f"grasp/{name}") for tag in tags), tags
+        assert any(f"grasp/{name}" in log for log in t.state.log_history)
