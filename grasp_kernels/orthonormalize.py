@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .autocast import set_aside
 from .project import check_matrix
 
 
@@ -79,6 +80,7 @@ def _default_rtol(dtype: torch.dtype) -> float:
     return (100 if dtype == torch.float64 else 4) * torch.finfo(dtype).eps
 
 
+@set_aside()
 def _orthonormalize_body(Ws: list[Tensor], ranks: list[Tensor], rtol: float | None) -> None:
     by_backend: dict[str, list[int]] = {}
     for i, W in enumerate(Ws):

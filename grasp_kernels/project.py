@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .autocast import set_aside
 
 Side = Literal["right", "left"]
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -182,6 +183,7 @@ def _backward(ctx, gradient: Tensor):
 _project_op.register_autograd(_backward, setup_context=_setup_context)
 
 
+@set_aside()
 def _project_body(
     op: str,
     Ts: list[Tensor],

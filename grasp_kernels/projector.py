@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .autocast import set_aside
 from .matrices import listed, matrices
 from .project import (
     Norms,
@@ -75,7 +76,7 @@ class Projector:
                 self._check(given)
         pointers = tuple(map(Tensor.data_ptr, given))
         places = self._places.get(pointers) or self._place(given, pointers)
-        with torch.no_grad():
+        with torch.no_grad(), set_aside():
             for laid, where in zip(self._laid, places, strict=True):
                 laid.launch.run(where, laid.energies)
             self._project_plainly(given)

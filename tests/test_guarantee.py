@@ -195,6 +195,73 @@ def test_what_an_optimizer_shows_for_evaluation_is_held_too():
     assert through(guard, before, deltas(model)) <= 1e-6
 
 
+class SAM(torch.optim.Optimizer):
+    """Climbs, then steps from there: Foret et al., arXiv:2010.01412, called as its authors do."""
+
+    def __init__(self, parameters, base):
+        self.base = base
+        super().__init__(parameters, {})
+
+    @torch.no_grad()
+    def climb(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            self.state[p]["was"] = p.detach().clone()
+            p += 0.01 * p.grad / (p.grad.norm() + 1e-9)
+
+    @torch.no_grad()
+    def descend(self):
+        for p in (p for group in self.param_groups for p in group["params"]):
+            p.copy_(self.state[p]["was"])
+        self.base.step()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_optimizer_that_is_stepped_by_other_names(form):
+    model = with_lora(build())
+    optimizer = SAM(trainable(model), torch.optim.AdamW(trainable(model), lr=1e-2))
+    before = deltas(model)
+    with guarded(model, optimizer, form) as guard:
+        for i in range(6):
+            for move in (optimizer.climb, optimizer.descend):
+                model(**batch(seed=i)).loss.backward()
+                move()
+                model.zero_grad()
+        assert guard.steps == 6 and max(m["rank"] for m in guard.leak().values()) >= 3
+    assert through(guard, before, deltas(model)) <= 1e-6
+    assert guard.certificate()["holds"]
+
+
+def test_no_step_seen_is_not_certified():
+    model = with_lora(build())
+    with pytest.warns(UserWarning, match="no step of a torch optimizer was seen"):
+        with guarded(model, None) as guard:
+            model(**batch()).loss.backward()
+            with torch.no_grad():
+                for p in trainable(model):
+                    p -= 0.1 * p.grad
+    assert guard.certificate()["holds"] is False
+
+
+@pytest.mark.parametrize("start", [{}, {"init_lora_weights": "pissa"}])
+def test_an_average_that_began_before_the_bases_is_held_by_one_call(start):
+    model = with_lora(build(), **start)
+    before = deltas(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    kept = []
+    with guarded(model, optimizer) as guard:
+        for i in range(10):
+            model(**batch(seed=i)).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            kept.append([p.detach().clone() for p in trainable(model)])
+    with torch.no_grad():
+        for p, values in zip(trainable(model), zip(*kept, strict=True), strict=True):
+            p.copy_(torch.stack(values).mean(0))
+    assert not guard.certificate()["holds"] and through(guard, before, deltas(model)) > 1e-5
+    guard.pin()
+    assert guard.certificate()["holds"] and through(guard, before, deltas(model)) < 3e-6
+
+
 def test_two_optimizers_count_as_one_step():
     model = with_lora(build())
     named = dict(model.named_parameters())
@@ -275,6 +342,27 @@ def test_a_large_gradients_leading_directions_are_torchs():
     exact = torch.linalg.svd(D, full_matrices=False)
     torch.testing.assert_close(S[:3], exact.S[:3], rtol=1e-3, atol=0)
     assert float((exact.U[:, :3].mT @ U[:, :3]).norm() ** 2) == pytest.approx(3, abs=1e-3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["double", "autocast around all", "autocast around backward"])
+def test_in_other_precisions(form, kind):
+    model = with_lora(build().double() if kind == "double" else build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    before = deltas(model)
+
+    def autocast(where: str):
+        return torch.autocast("cpu", torch.bfloat16, enabled=kind == f"autocast around {where}")
+
+    with autocast("all"):
+        with guarded(model, optimizer, form) as guard:
+            for i in range(6):
+                with autocast("backward"):
+                    model(**batch(seed=i)).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        assert guard.certificate()["holds"] and min(m["rank"] for m in guard.leak().values())
+    assert through(guard, before, deltas(model)) <= (1e-7 if kind == "double" else 1e-6)
 
 
 def callback(**options):

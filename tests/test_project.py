@@ -170,3 +170,22 @@ def test_refuses_dtensor():
 
     with pytest.raises(TypeError, match="to_local"):
         gk.project(T.as_subclass(Sharded), V)
+
+
+def test_autocast_changes_nothing():
+    """Products of 16-bit copies would let 1e-3 of the component through."""
+    T, V, C = torch.randn(64, 96), orthonormal(96, 8), torch.randn(64, 8)
+    exact = gk.project(T, V, C)
+    W = V + 0.1 * torch.randn(96, 8)
+    basis = W.clone()
+    gk.orthonormalize_(basis)
+    h = torch.randn(4, 96, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [gk.project(T, V, C), T.clone(), T.clone()]
+        gk.project_(found[1], V, C)
+        gk.Projector([found[2]], [V], [C])()
+        gk.orthonormalize_(W)
+        gk.project_gradient(h, V).square().sum().backward()
+        assert torch.is_autocast_enabled("cpu")
+    assert all(torch.equal(T, exact) for T in found) and torch.equal(W, basis)
+    assert float((h.grad @ V).norm()) <= 1e-6 * float(h.grad.norm())

@@ -177,8 +177,10 @@ def _drawn(
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         # Drawn on the CPU, so that a seed means the same tokens on every device.
         drawn = out.logits[:, -1].float().softmax(-1).cpu().multinomial(1, generator=generator)
-        step, cache = drawn.to(step.device), out.past_key_values
         found = torch.cat([found, drawn], 1)
+        cache = getattr(out, "past_key_values", None)
+        # A model without such a cache is given all of the text again.
+        step = drawn.to(step.device) if cache else torch.cat([step, drawn.to(step.device)], 1)
     ended = torch.isin(found, ends).long()
     over = ended.cumsum(1) - ended > 0
     return [row[~o].tolist() for row, o in zip(found, over, strict=True)]

@@ -17,12 +17,15 @@ def bound(g: Guarded) -> float:
         max(1e-6, ε/2, 4 · ε/2 · ‖W₀‖ / ‖ΔW‖)      ε of the dtype
 
     A weight that training did not begin with 0 is rounded as a whole at each step, so what it does
-    along a basis is kept to that rounding, however little it moves otherwise.
+    along a basis is kept to that rounding, however little it moves otherwise. A basis that fills
+    its whole space leaves ΔW nothing but rounding, which is set against the weight beneath.
     """
     change = g.change()
     half = torch.finfo(g.parameter.dtype).eps / 2
-    start = ROUNDINGS * half * change.start / change.size if change.size > 0 else 0.0
-    return max(EXACT, half, start)
+    start = change.start
+    if g.basis.shape[1] == g.basis.shape[0]:
+        start = max(start, g.trained.matrix.norm())
+    return max(EXACT, half, ROUNDINGS * half * start / change.size if change.size > 0 else 0.0)
 
 
 def certificate(
@@ -64,12 +67,18 @@ def why(found: Mapping) -> str:
     """The likely cause, in a sentence, of a certificate that does not hold."""
     if not found["finite"]:
         return "weights are NaN or infinite: training diverged; lower the learning rate"
+    if found.get("steps") == 0:
+        return (
+            "no step of a torch optimizer was seen, so no basis could grow; train with one, or "
+            "block inputs alone (rank=0)"
+        )
     if found["uncovered"]:
         names = ", ".join(found["uncovered"][:4])
         return f"{names} began to train after the guard was attached; unfreeze before training"
     return (
         "the weights were moved after the last guarded step: another model was loaded at the end, "
-        "weights were averaged or cast, or something other than a torch optimizer changed them"
+        "weights were averaged (hold the average too: guard.pin()) or cast, or something other "
+        "than a torch optimizer changed them"
     )
 
 

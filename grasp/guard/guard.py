@@ -32,9 +32,10 @@ from grasp.guard.certificate import certificate, finite
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged
 from grasp.guard.state import load, save
-from grasp.guard.steps import Steps, averages, calls_hooks, in_backward, innermost
+from grasp.guard.steps import Steps, averages, in_backward, innermost
 from grasp.guard.weights import Whole
 from grasp.model import Architecture, Trained, inspect, processes
+from grasp_kernels.autocast import set_aside
 
 
 class Guard:
@@ -94,7 +95,7 @@ class Guard:
         self.steps = 0
         self.gradients = Gradients(self.guarded, model)
         self._handles: list = []
-        self._driver: torch.optim.Optimizer | None = None
+        self._steps = Steps()
         self._trainable: list[int] = []
         self._known: list[Whole] = []
         self._weights: Projections | None = None
@@ -121,34 +122,34 @@ class Guard:
         """
         if self._handles:
             raise RuntimeError("this guard is attached already; detach it first")
-        processes.refuse_sharded(self.model)
-        if self.subspaces is not None:
-            self.subspaces.check(self.model)
-        found = inspect(self.model)
-        trained = found.trained()
-        checks.refuse_rounded(trained)
-        checks.take_over(self, [t.parameter for t in trained])
-        weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
-        self._known = list(weights.values())
-        if state is None:
-            for weight in weights.values():
-                weight.remember()
-        self.guarded = self._match(found, trained, weights)
-        self.gradients = Gradients(self.guarded, self.wrapped)
-        self._driver = self._given()
-        self._trainable = _trainable(self.model)
-        self.uncovered = []
-        checks.tell_open(found, trained, self.guarded)
-        if state is not None:
-            load(self, Path(state), self._known)
-        elif self.growth is not None:
-            self.growth.start(self.model, self.guarded)
-        checks.tell_held(self.guarded)
-        try:
-            self._hook(found)
-        except BaseException:
-            self.detach()
-            raise
+        with set_aside():  # the model is looked at as its weights are
+            processes.refuse_sharded(self.model)
+            if self.subspaces is not None:
+                self.subspaces.check(self.model)
+            found = inspect(self.model)
+            trained = found.trained()
+            checks.refuse_rounded(trained)
+            checks.take_over(self, [t.parameter for t in trained])
+            weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
+            self._known = list(weights.values())
+            if state is None:
+                for weight in weights.values():
+                    weight.remember()
+            self.guarded = self._match(found, trained, weights)
+            self.gradients = Gradients(self.guarded, self.wrapped)
+            self._trainable = _trainable(self.model)
+            self.uncovered = []
+            checks.tell_open(found, trained, self.guarded)
+            if state is not None:
+                load(self, Path(state), self._known)
+            elif self.growth is not None:
+                self.growth.start(self.model, self.guarded)
+            checks.tell_held(self.guarded)
+            try:
+                self._hook(found)
+            except BaseException:
+                self.detach()
+                raise
         return self
 
     def detach(self) -> None:
@@ -175,6 +176,7 @@ class Guard:
         """What each guarded parameter is kept off, `[d, k]` by name; empty ones left out."""
         return {g.name: g.basis for g in self.guarded if g.basis.shape[1]}
 
+    @set_aside()
     def leak(self) -> dict[str, dict[str, float]]:
         """For each guarded module: what was blocked, and what got through.
 
@@ -186,6 +188,7 @@ class Guard:
         self.gradients.count()
         return {g.name: g.leak() for g in self.guarded}
 
+    @set_aside()
     def certificate(self) -> dict:
         """What was blocked and what got through of the weights as they are now.
 
@@ -195,11 +198,26 @@ class Guard:
             all reference prompts now, and `divergences` during training.
         """
         found = certificate(self.guarded, self.leak(), self.uncovered)
+        found["steps"] = self.steps
+        grows = self.growth is not None and self.growth.rank > 0
+        if grows and not self.steps and any(g.change().size > 0 for g in self.guarded):
+            found["holds"] = False  # it was trained, and no basis could grow
         if self.growth is not None and isinstance(self.growth.reference, Reference):
             found["divergence"] = finite(self.growth.reference.measure(self.model))
             found["divergences"] = [(step, finite(kl)) for step, kl in self.divergences]
         return found
 
+    def pin(self) -> None:
+        """Hold the weights as they are now: an average of earlier ones, for example, once loaded.
+
+        Raises:
+            RuntimeError: it was never attached.
+        """
+        if not self.guarded:
+            raise RuntimeError("nothing is guarded yet; attach first")
+        Projections([g for g in self.guarded if g.basis.shape[1]], gradients=False)()
+
+    @set_aside()
     def judge_by(self, state: Path | str) -> None:
         """Take the bases of a saved state, such as that of the best model, which is kept.
 
@@ -251,17 +269,6 @@ class Guard:
             )
         return guarded
 
-    def _given(self) -> torch.optim.Optimizer | None:
-        """The optimizer whose steps count; None lets the first that moves a parameter be it."""
-        if self.optimizer is None:
-            return None
-        given = innermost(self.optimizer)
-        if not Steps([g.parameter for g in self.guarded]).moves(given):
-            raise ValueError(
-                "optimizer holds none of the guarded parameters; pass the one that trains the model"
-            )
-        return given if calls_hooks(given) else None
-
     def _hook(self, found: Architecture) -> None:
         self._handles += self.gradients.hook()
         if self.residual:
@@ -270,8 +277,13 @@ class Guard:
                 if block.index in self.subspaces:
                     U = self.subspaces[block.index].to(next(block.module.parameters()).device)
                     self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
-        steps = Steps([g.parameter for g in self.guarded])
-        self._handles += [steps.before(self._before_step), steps.after(self._after_step)]
+        self._steps = Steps([g.parameter for g in self.guarded])
+        if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
+            raise ValueError(
+                "optimizer holds none of the guarded parameters; pass the one that trains the model"
+            )
+        self._handles.append(self._steps.before(self._before_step))
+        self._handles.append(self._steps.after(self._after_step))
 
     def _before_step(self, optimizer: torch.optim.Optimizer) -> None:
         if in_backward():
@@ -279,16 +291,17 @@ class Guard:
                 f"{type(optimizer).__name__} steps inside the backward pass, before its gradients "
                 "are projected and bases can grow; let an optimizer step after the backward pass"
             )
+        self._steps.begin(optimizer)
         self.gradients.before_step()
 
+    @set_aside()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
+        ended = self._steps.end(optimizer)
         self._watch()
         if self.optimizer is None and self.growth is None:
             return  # gradients alone
         self._pin(optimizer)
-        if self._driver is None:
-            self._driver = optimizer
-        if optimizer is not self._driver:
+        if not ended:
             return
         self.steps += 1
         if self.growth is not None and self.growth.after_step(self.model, self.guarded, self.steps):

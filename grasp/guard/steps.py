@@ -27,6 +27,28 @@ class Steps:
 
     def __init__(self, parameters: Iterable[Tensor] | None = None):
         self.moved = None if parameters is None else {id(p) for p in parameters}
+        self._inside: list[Optimizer] = []
+        self._counted: Optimizer | None = None
+
+    def begin(self, optimizer: Optimizer) -> None:
+        """A step begins, perhaps inside another's (Lookahead steps what it is around)."""
+        if optimizer in self._inside:  # the last one failed
+            del self._inside[self._inside.index(optimizer) :]
+        self._inside.append(optimizer)
+
+    def end(self, optimizer: Optimizer) -> bool:
+        """A step ends; whether it is one of the run's, of which others make a part.
+
+        Counted are the steps of the optimizer that is first to step inside no other, whatever
+        optimizers there are besides.
+        """
+        if optimizer in self._inside:
+            del self._inside[self._inside.index(optimizer) :]
+        if self._inside:
+            return False
+        if self._counted is None:
+            self._counted = optimizer
+        return optimizer is self._counted
 
     def before(self, call: Call) -> RemovableHandle:
         """Call before each step; the handle takes the call away again."""
@@ -51,11 +73,6 @@ def innermost(optimizer: Optimizer) -> Optimizer:
     while type(optimizer).__module__.startswith("accelerate."):
         optimizer = optimizer.optimizer
     return optimizer
-
-
-def calls_hooks(optimizer: Optimizer) -> bool:
-    """Whether torch calls hooks when it steps: not every class with a `step` is made as torch's."""
-    return getattr(type(optimizer).step, "hooked", False) is True
 
 
 def averages(optimizer: Optimizer, parameter: Tensor) -> list[Tensor]:

@@ -35,6 +35,12 @@ class Matrix:
     def out_features(self) -> int:
         return out_features(self.base)
 
+    def norm(self) -> float:
+        """‖W‖ of the pretrained weight; 0 of a quantised one."""
+        weight = getattr(self.base, "weight", None)
+        known = isinstance(weight, Tensor) and weight.is_floating_point()
+        return float(weight.detach().float().norm()) if known else 0.0
+
     def back(self, vectors: Tensor) -> Tensor:
         """Wᵀ v of the pretrained weight, for the columns of `vectors [d_out, k]`: `[d_in, k]` fp32.
 
@@ -93,6 +99,8 @@ class Architecture:
     model: nn.Module = field(repr=False)
     width: int
     blocks: tuple[Block, ...]
+    outside: tuple[Matrix, ...] = ()
+    """Linear maps in no block that a LoRA is trained on."""
 
     def describe(self) -> str:
         """A line for each distinct kind of block: which map plays which part."""
@@ -110,12 +118,13 @@ class Architecture:
         )
 
     def trained(self) -> list[Trained]:
-        """Every trainable parameter of the blocks' linear maps that acts on their outputs.
+        """Every trainable parameter of the linear maps that acts on their outputs.
 
         Raises:
             ValueError: an adapter whose update is not B A with B starting at 0 (DoRA).
         """
-        return [t for block in self.blocks for m in block.matrices for t in _trained(m)]
+        matrices = chain(*(block.matrices for block in self.blocks), self.outside)
+        return [t for m in matrices for t in _trained(m)]
 
     def reading(self) -> list[Trained]:
         """The parameters of the same updates that act on the maps' inputs: LoRA A, or a weight."""

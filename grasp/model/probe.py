@@ -4,8 +4,11 @@ Attention over a single position hands the value on unchanged, so what a map's o
 writer's input says what part it plays. No model is recognised by its name.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
 from grasp.model.modes import evaluating, given
@@ -20,8 +23,9 @@ def inspect(model: nn.Module) -> Architecture:
         model: any `transformers` decoder, wrapped by PEFT or not; its weights on one device.
 
     Raises:
-        ValueError: the model is no decoder-only model, or what is trained in a block is no linear
-            map that runs for every token; says which. What is not trained need not be understood.
+        ValueError: the model is no decoder-only model, does not run on text alone, or what is
+            trained in a block is no linear map that runs for every token; says which. What is not
+            trained need not be understood.
     """
     config = getattr(model, "config", None)
     if config is None:
@@ -34,29 +38,73 @@ def inspect(model: nn.Module) -> Architecture:
     linears = [_linears(f"{name}.{i}", block) for i, block in enumerate(blocks)]
     for i, block in enumerate(blocks):
         _refuse_unknown(f"{name}.{i}", block, linears[i])
-    trace = _Trace(model, linears)
+    outside = _outside(model, name, linears)
+    trace = _Trace(model, linears, outside)
     found = tuple(
         Block(i, f"{name}.{i}", block, _understand(trace, f"{name}.{i}", block, linears[i], width))
         for i, block in enumerate(blocks)
     )
-    return Architecture(model, width, found)
+    others = [Matrix(n, m, "other") for n, m in outside.items() if id(m) in trace.order]
+    return Architecture(model, width, found, tuple(others))
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """The decoder's: of a model with a vision tower that is what `get_decoder` gives."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     prefix = next((n for n, m in model.named_modules() if m is decoder), "")
-    candidates: list[tuple[int, str, nn.ModuleList]] = []
+    # What it gives may be no decoder: it goes by names, and one family calls its head so.
+    lists = _lists(model, prefix) or _lists(model, "")
+    if not lists:
+        raise ValueError(f"{type(model).__name__} has no list of blocks; give a decoder")
+    if len(lists) > 1:  # one may encode images, which no token runs through
+        ran = _ran(model, lists.values())
+        lists = {n: blocks for n, blocks in lists.items() if id(blocks) in ran} or lists
+    return max(lists.items(), key=lambda found: sum(p.numel() for p in found[1].parameters()))
+
+
+def _lists(model: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
+    """The outermost lists of modules with linear maps."""
+    found: dict[str, nn.ModuleList] = {}
     for name, module in model.get_submodule(prefix).named_modules(prefix=prefix):
-        inside = any(name.startswith(outer + ".") for _, outer, _ in candidates)
+        inside = any(name.startswith(outer + ".") for outer in found)
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside:
             continue
         if any(_is_linear(m) for m in module.modules()):
-            candidates.append((sum(p.numel() for p in module.parameters()), name, module))
-    if not candidates:
-        raise ValueError(f"{type(model).__name__} has no list of blocks; give a decoder")
-    _, name, blocks = max(candidates, key=lambda c: c[0])
-    return name, blocks
+            found[name] = module
+    return found
+
+
+def _ran(model: nn.Module, lists: Iterable[nn.ModuleList]) -> set[int]:
+    """The ids of the lists that a token runs through."""
+    ran: set[int] = set()
+    handles = [
+        module.register_forward_pre_hook(lambda m, args, found=found: ran.add(id(found)))
+        for found in lists
+        for module in found
+    ]
+    _run_token(model, handles)
+    return ran
+
+
+def _run_token(model: nn.Module, handles: list[RemovableHandle]) -> None:
+    """Run one token with hooks that are removed afterwards.
+
+    Raises:
+        ValueError: the model asks for more than a token; says what.
+    """
+    token = torch.full((1, 1), PROBE_TOKEN, device=next(model.parameters()).device)
+    try:
+        with evaluating(model), torch.no_grad():
+            model(input_ids=token, use_cache=False)
+    except (TypeError, ValueError) as error:
+        asked = " ".join(str(error).split())
+        raise ValueError(
+            f"{type(model).__name__} does not run on token ids alone ({asked}); give a model that "
+            "does, such as the language model inside it (model.get_decoder())"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
@@ -66,6 +114,23 @@ def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
         if not inside and _is_linear(getattr(module, "base_layer", module)):
             found[name] = module
     return found
+
+
+def _outside(
+    model: nn.Module, blocks: str, linears: list[dict[str, nn.Module]]
+) -> dict[str, nn.Module]:
+    """Linear maps in no block that a LoRA is trained on: a head, a projection of embeddings."""
+    known = {id(m) for found in linears for m in found.values()}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if not name.startswith(blocks + ".")
+        and id(module) not in known
+        and _is_linear(getattr(module, "base_layer", module))
+        and any(
+            p.requires_grad for B in getattr(module, "lora_B", {}).values() for p in B.parameters()
+        )
+    }
 
 
 def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]) -> None:
@@ -93,9 +158,15 @@ class _Trace:
     that names each of its outputs. What arrives at the writer tells the rest.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[dict[str, nn.Module]]):
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: list[dict[str, nn.Module]],
+        outside: dict[str, nn.Module],
+    ):
         self.model = model
         self.linears = [m for found in blocks for m in found.values()]
+        self.watched = [*self.linears, *outside.values()]
         self.norm_of: dict[int, nn.Module] = {}
         self.inputs = self._run({})
         self.order = {key: n for n, key in enumerate(self.inputs)}  # as they ran
@@ -116,6 +187,8 @@ class _Trace:
 
         def linear_hook(module, args, kwargs, output):
             inputs[id(module)] = given(args, kwargs).detach().float().reshape(-1)
+            if not isinstance(output, Tensor):  # a router, which hands on its choice as well
+                return None
             if id(module) in outputs:
                 output = outputs[id(module)].to(output).expand_as(output).clone()
             produced[id(output)] = (id(module), output)
@@ -125,17 +198,11 @@ class _Trace:
             if args and id(args[0]) in produced:
                 self.norm_of[produced[id(args[0])][0]] = module
 
-        inner = {id(c) for m in self.linears for c in m.modules()}
+        inner = {id(c) for m in self.watched for c in m.modules()}
         norms = [m for m in self.model.modules() if id(m) not in inner and _is_norm(m)]
-        hooks = [m.register_forward_hook(linear_hook, with_kwargs=True) for m in self.linears]
+        hooks = [m.register_forward_hook(linear_hook, with_kwargs=True) for m in self.watched]
         hooks += [m.register_forward_hook(norm_hook) for m in norms]
-        token = torch.full((1, 1), PROBE_TOKEN, device=next(self.model.parameters()).device)
-        try:
-            with evaluating(self.model), torch.no_grad():
-                self.model(input_ids=token, use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        _run_token(self.model, hooks)
         return inputs
 
 
@@ -161,13 +228,12 @@ def _understand(
         if id(module) not in trace.order:
             if any(p.requires_grad for p in module.parameters()):
                 raise ValueError(
-                    f"{name} is trained but did not run for a token (one of a mixture of "
-                    "experts?), so it can't be guarded; train the attention alone"
+                    f"{name} is trained but did not run for a token (one of a mixture of experts, "
+                    "or for images?), so it can't be guarded; leave it out of target_modules, or "
+                    "train the attention alone"
                 )
         else:
-            child = name.removeprefix(prefix + ".").split(".")[0]
-            # Linear maps that hang on the block itself (OPT's fc1, fc2) form one branch.
-            branch = "" if getattr(block, child) is module else child
+            branch = _branch(block, name.removeprefix(prefix + "."))
             branches.setdefault(branch, []).append(name)
     matrices: list[Matrix] = []
     for names in branches.values():
@@ -180,6 +246,18 @@ def _understand(
         matrices.append(writer)
         matrices += [_source(trace, name, linears[name], writer) for name in others]
     return tuple(matrices)
+
+
+def _branch(block: nn.Module, name: str) -> str:
+    """The part of a block that a linear map belongs to, which one writer ends.
+
+    Those that hang on the block itself (OPT's fc1, fc2) form one; each part of a list is its own.
+    """
+    child, *rest = name.split(".")
+    module = getattr(block, child)
+    while rest and isinstance(module, nn.ModuleList):
+        child, module = f"{child}.{rest[0]}", module[int(rest.pop(0))]
+    return child if rest else ""
 
 
 def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix | None:
