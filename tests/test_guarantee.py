@@ -2,6 +2,7 @@
 
 import json
 import math
+import types
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 import grasp
 from grasp import Guard
 from grasp.guard.trainer import CERTIFICATE, STATE
+from grasp.model import unfused
 from tests.models import PROMPTS, batch, build, subspaces, train, trainable, with_lora
 from tests.test_trainer import ROWS, arguments
 
@@ -309,6 +311,47 @@ def test_inputs_alone_leave_no_way_open():
         warnings.simplefilter("error", UserWarning)
         with guarded(with_lora(build()), None, "inputs"):
             pass
+
+
+def fused_mlp(self, x):
+    """Reads the factors of its parts, and calls none of them."""
+
+    def mapped(part, x):
+        W, A, B = part.base_layer.weight, part.lora_A.default.weight, part.lora_B.default.weight
+        return x @ W.mT + part.scaling["default"] * (x @ A.mT) @ B.mT
+
+    return mapped(self.down_proj, self.act_fn(mapped(self.gate_proj, x)) * mapped(self.up_proj, x))
+
+
+def test_forwards_that_are_fused_and_bound_to_modules():
+    model = with_lora(build())
+    for layer in model.base_model.model.model.layers:
+        layer.mlp.forward = types.MethodType(fused_mlp, layer.mlp)
+    plain = model(**batch()).logits
+    before = deltas(model)
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with guarded(model, optimizer) as guard:
+        assert torch.equal(model(**batch()).logits, plain)
+        assert all("forward" in vars(x.mlp) for x in model.base_model.model.model.layers)
+        train(model, optimizer, 6)
+        assert sum("mlp" in name and "lora_A" in name for name in guard.bases) == 6
+    assert through(guard, before, deltas(model)) <= 1e-6
+    same = with_lora(build())
+    with guarded(same, torch.optim.AdamW(trainable(same))) as other:
+        for name, basis in other.bases.items():
+            torch.testing.assert_close(guard.bases[name], basis)
+
+
+def test_maps_that_an_attention_is_given_are_its_own_while_it_is_looked_at():
+    attention = build().model.layers[0].self_attn
+    attention.apply_qkv, attention.apply_o = lambda *args: None, lambda *args: None
+    bound = attention.apply_qkv
+    x = torch.randn(1, 3, 32)
+    with unfused(attention):
+        q, k, v = attention.apply_qkv(attention, x)
+        assert torch.equal(q, attention.q_proj(x)) and torch.equal(v, attention.v_proj(x))
+        assert torch.equal(attention.apply_o(q), attention.o_proj(q))
+    assert attention.apply_qkv is bound
 
 
 def test_a_parameter_has_one_guard():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.data import Reference
-from grasp.model import Matrix, evaluating, given
+from grasp.model import Matrix, evaluating, given, unfused
 
 TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
 BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done again for the rest
@@ -136,7 +136,7 @@ class _Inputs:
         device = next(self.model.parameters()).device
         seen = 0
         try:
-            with evaluating(self.model), torch.no_grad():
+            with evaluating(self.model), unfused(self.model), torch.no_grad():
                 for ids, mask in islice(self.reference.batches(), batches):
                     size = int(mask.sum())
                     chosen = torch.zeros_like(mask, dtype=torch.bool)

@@ -181,8 +181,8 @@ def _saved(args, state, loop: Loop | None) -> Path:
     folder = Path(folder or Path(args.output_dir) / f"checkpoint-{state.global_step}")
     if not (folder / STATE).exists():
         raise ValueError(
-            f"{folder} was saved without a guard (no {STATE} there); resume it without "
-            "GraspCallback, or start anew"
+            f"{folder} was saved without a guard (no {STATE} there), or was cut off while it was "
+            "saved; resume an earlier checkpoint, or this one without GraspCallback"
         )
     return folder / STATE
 
@@ -245,20 +245,22 @@ def fit(
     )
     if quiet:
         trainer.remove_callback(PrinterCallback)
-    newest = _newest_whole(Path(out)) if resume and save_every is not None else None
+    guarded = any(isinstance(c, GraspCallback) for c in callbacks)
+    newest = newest_whole(Path(out), guarded) if resume and save_every is not None else None
     trainer.train(resume_from_checkpoint=newest and str(newest))
     return trainer
 
 
-def _newest_whole(out: Path) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state comes last."""
+def newest_whole(out: Path, guarded: bool = False) -> Path | None:
+    """The newest checkpoint that was written to its end: the trainer's state, then a guard's."""
     found = sorted(out.glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[-1]))
     for checkpoint in found:
         try:
             read_json(checkpoint / "trainer_state.json")
         except (FileNotFoundError, ValueError):
             continue
-        return checkpoint
+        if not guarded or (checkpoint / STATE).exists():
+            return checkpoint
     return None
 
 

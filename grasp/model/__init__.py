@@ -10,7 +10,7 @@ from grasp.model.architecture import (
     lora_update,
 )
 from grasp.model.loading import adapted, load_model
-from grasp.model.modes import base_model, evaluating, given
+from grasp.model.modes import base_model, evaluating, given, unfused
 from grasp.model.probe import inspect
 
 __all__ = [
@@ -27,4 +27,5 @@ __all__ = [
     "load_model",
     "lora_update",
     "processes",
+    "unfused",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
-from grasp.model.modes import evaluating, given
+from grasp.model.modes import evaluating, given, unfused
 
 PROBE_TOKEN = 1
 
@@ -94,7 +94,7 @@ def _run_token(model: nn.Module, handles: list[RemovableHandle]) -> None:
     """
     token = torch.full((1, 1), PROBE_TOKEN, device=next(model.parameters()).device)
     try:
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), unfused(model), torch.no_grad():
             model(input_ids=token, use_cache=False)
     except (TypeError, ValueError) as error:
         asked = " ".join(str(error).split())

@@ -1,5 +1,6 @@
 """Everything that decides a fine-tune: the keys of a YAML config and the options of the CLI."""
 
+import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import get_args, get_type_hints
@@ -114,6 +115,8 @@ class Settings:
         hints = get_type_hints(type(self))
         for name, value in vars(self).items():
             kinds = get_args(hints[name]) or (hints[name],)
+            if type(value) is float and not math.isfinite(value):
+                raise ValueError(f"{name} is {value}; give a finite number")
             if type(value) in kinds or (float in kinds and type(value) is int):
                 continue
             wanted = next(kind for kind in kinds if kind is not type(None))
