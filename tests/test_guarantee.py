@@ -552,3 +552,18 @@ def test_metrics_are_in_tensorboard(tmp_path):
     for name in ("blocked", "through", "rank", "divergence", "holds"):
         assert any(tag.endswith(f"grasp/{name}") for tag in tags), tags
         assert any(f"grasp/{name}" in log for log in t.state.log_history)
+
+
+def test_an_adapter_that_is_added_later_is_told():
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with guarded(model, optimizer) as guard:
+        train(model, optimizer, 2)
+        known = {id(p) for p in model.parameters()}
+        config = LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM")
+        model.add_adapter("later", config)
+        model.base_model.set_adapter(["default", "later"])
+        optimizer.add_param_group({"params": [p for p in trainable(model) if id(p) not in known]})
+        with pytest.warns(UserWarning, match="later.*began to train after"):
+            train(model, optimizer, 1)
+    assert not guard.certificate()["holds"]

@@ -96,7 +96,9 @@ class Guard:
         self.gradients = Gradients(self.guarded, model)
         self._handles: list = []
         self._steps = Steps()
-        self._trainable: list[int] = []
+        self._parameters: list[nn.Parameter] = []  # of the model, and which ask for gradients
+        self._asked: list[bool] = []
+        self._watched: dict[int, tuple] = {}  # what was seen at each optimizer's last step
         self._known: list[Whole] = []
         self._weights: Projections | None = None
         self._averages: dict[int, list[gk.Projector]] = {}  # by optimizer
@@ -137,7 +139,9 @@ class Guard:
                     weight.remember()
             self.guarded = self._match(found, trained, weights)
             self.gradients = Gradients(self.guarded, self.wrapped)
-            self._trainable = _trainable(self.model)
+            self._parameters = list(self.model.parameters())
+            self._asked = [p.requires_grad for p in self._parameters]
+            self._watched = {}
             self.uncovered = []
             checks.tell_open(found, trained, self.guarded)
             if state is not None:
@@ -297,7 +301,7 @@ class Guard:
     @set_aside()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         ended = self._steps.end(optimizer)
-        self._watch()
+        self._watch(optimizer)
         if self.optimizer is None and self.growth is None:
             return  # gradients alone
         self._pin(optimizer)
@@ -319,14 +323,18 @@ class Guard:
         for projector in self._averages[id(optimizer)]:
             projector()
 
-    def _watch(self) -> None:
+    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
         """Tell at once of what began to train after the guard was attached."""
-        now = _trainable(self.model)
-        if now == self._trainable:
+        held = sum(len(group["params"]) for group in optimizer.param_groups)
+        now = [p.requires_grad for p in self._parameters], held
+        if now == self._watched.setdefault(id(optimizer), now) == (self._asked, held):
             return
-        known = set(self._trainable) | {id(g.parameter) for g in self.guarded}
-        new = [n for n, p in self.model.named_parameters() if id(p) in set(now) - known]
-        self._trainable = now
+        known = {id(p) for p, asked in zip(self._parameters, self._asked, strict=True) if asked}
+        named = dict(self.model.named_parameters())
+        new = [n for n, p in named.items() if p.requires_grad and id(p) not in known]
+        self._parameters = list(named.values())
+        self._asked = [p.requires_grad for p in self._parameters]
+        self._watched = {id(optimizer): (self._asked, held)}
         if new:
             self.uncovered += new
             warnings.warn(
@@ -340,10 +348,6 @@ class Guard:
         self.gradients.forget()
         self._weights = None
         self._averages.clear()
-
-
-def _trainable(model: nn.Module) -> list[int]:
-    return [id(p) for p in model.parameters() if p.requires_grad]
 
 
 def _forget_compiled() -> None:
