@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from grasp.guard.guarded import Guarded
+from grasp.guard.guarded import Change, Guarded
 
 EXACT = 1e-6  # of ΔW that may lie in a basis
 ROUNDINGS = 4  # of the weight that training began with, each ε/2 of its norm: measured 1 to 2
 
 
-def bound(g: Guarded) -> float:
+def bound(g: Guarded, change: Change) -> float:
     """What may get through: 1e-6, or what rounding to the weight's dtype adds, if that is more.
 
         max(1e-6, ε/2, 4 · ε/2 · ‖W₀‖ / ‖ΔW‖)      ε of the dtype
@@ -20,7 +20,6 @@ def bound(g: Guarded) -> float:
     along a basis is kept to that rounding, however little it moves otherwise. A basis that fills
     its whole space leaves ΔW nothing but rounding, which is set against the weight beneath.
     """
-    change = g.change()
     half = torch.finfo(g.parameter.dtype).eps / 2
     start = change.start
     if g.basis.shape[1] == g.basis.shape[0]:
@@ -28,36 +27,32 @@ def bound(g: Guarded) -> float:
     return max(EXACT, half, ROUNDINGS * half * start / change.size if change.size > 0 else 0.0)
 
 
-def certificate(
-    guarded: Sequence[Guarded], leak: Mapping[str, dict], uncovered: Sequence[str] = ()
-) -> dict:
+def certificate(guarded: Sequence[Guarded], uncovered: Sequence[str] = ()) -> dict:
     """Whether the guarantee holds for the weights as they are now, in total and by module.
 
     Args:
         guarded: all of a guard.
-        leak: what `Guarded.leak` gave, by name.
         uncovered: parameters that began to train after the guard was attached.
 
     Returns:
         `holds`: every weight is finite, nothing more got through than its `bound`, and nothing is
         uncovered. `through`: the most of any module; None if a weight is NaN or infinite.
-        `finite`, `uncovered`, and `modules`: `leak` with `bound`, `holds`, and of weights that
-        training did not begin with 0 `moved`, ‖ΔW‖ / ‖W₀‖.
+        `finite`, `uncovered`, and `modules`: `Guarded.leak` with `bound`, `holds`, and of weights
+        that training did not begin with 0 `moved`, ‖ΔW‖ / ‖W₀‖.
     """
     modules = {}
     for g in guarded:
-        found = dict(leak[g.name])
         change = g.change()
-        found["bound"] = bound(g)
-        found["holds"] = math.isfinite(found["through"]) and found["through"] <= found["bound"]
+        found = g.leak(change) | {"bound": bound(g, change)}
+        found["holds"] = math.isfinite(change.through) and change.through <= found["bound"]
         if change.start > 0:
             found["moved"] = change.size / change.start
         modules[g.name] = {k: finite(v) for k, v in found.items()}
-    worst = max((m["through"] for m in leak.values()), key=_nan_last)
+    through = [m["through"] for m in modules.values()]
     return {
         "holds": all(m["holds"] for m in modules.values()) and not uncovered,
-        "through": finite(worst),
-        "finite": all(math.isfinite(m["through"]) for m in leak.values()),
+        "through": None if None in through else max(through),
+        "finite": None not in through,
         "uncovered": list(uncovered),
         "modules": modules,
     }
@@ -85,7 +80,3 @@ def why(found: Mapping) -> str:
 def finite(value):
     """A value as JSON can hold it: None for NaN and infinity."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _nan_last(value: float) -> tuple[bool, float]:
-    return (not math.isfinite(value), value if math.isfinite(value) else 0.0)

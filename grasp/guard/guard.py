@@ -201,10 +201,11 @@ class Guard:
             a drift-guided run also `divergence`, the mean KL(base ‖ model) in nats per token on
             all reference prompts now, and `divergences` during training.
         """
-        found = certificate(self.guarded, self.leak(), self.uncovered)
+        self.gradients.count()
+        found = certificate(self.guarded, self.uncovered)
         found["steps"] = self.steps
         grows = self.growth is not None and self.growth.rank > 0
-        if grows and not self.steps and any(g.change().size > 0 for g in self.guarded):
+        if grows and not self.steps and self.gradients.came:
             found["holds"] = False  # it was trained, and no basis could grow
         if self.growth is not None and isinstance(self.growth.reference, Reference):
             found["divergence"] = finite(self.growth.reference.measure(self.model))

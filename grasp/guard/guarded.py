@@ -124,13 +124,13 @@ class Guarded:
         inside = U.mT @ D if self.left else D @ U
         return Change(float(D.norm()), float(inside.norm()), _product_norm(B0, A0))
 
-    def leak(self) -> dict[str, float]:
+    def leak(self, change: "Change | None" = None) -> dict[str, float]:
         """Its rank, the share of the gradient's energy that was blocked, and what got through."""
         blocked = 0.0
         if self.total is not None and float(self.total) > 0:
             blocked = max(0.0, float(self.blocked / self.total))
-        through = self.change().through
-        return {"rank": self.basis.shape[1], "blocked": blocked, "through": through}
+        change = change or self.change()
+        return {"rank": self.basis.shape[1], "blocked": blocked, "through": change.through}
 
 
 class Change(NamedTuple):
