@@ -153,6 +153,24 @@ def test_a_checkpoint_cut_off_by_a_full_disk_is_passed_over(rows_file, prompts_f
     assert resumed[0] == 4
 
 
+def test_a_first_checkpoint_cut_off_before_the_guards_state_is_begun_anew(
+    rows_file, prompts_file, tmp_path
+):
+    def die(step: int) -> None:
+        if step == 4:
+            raise KeyboardInterrupt
+
+    whole = run(settings(rows_file, prompts_file, tmp_path / "whole"), quiet=True)
+    chosen = settings(rows_file, prompts_file, tmp_path / "cut")
+    with pytest.raises(KeyboardInterrupt):
+        run(chosen, after_step=die, quiet=True)
+    (state,) = (tmp_path / "cut" / "checkpoints").glob("checkpoint-3/grasp_guard.safetensors")
+    state.unlink()
+    cut = run(chosen, quiet=True)
+    one, other = (load_file(a / "adapter_model.safetensors") for a in (whole, cut))
+    assert all(torch.equal(t, other[k]) for k, t in one.items())
+
+
 def test_plain_adapter_loads_with_peft_alone(rows_file, prompts_file, tmp_path):
     from peft import PeftModel
 

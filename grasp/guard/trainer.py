@@ -247,7 +247,9 @@ def fit(
     if quiet:
         trainer.remove_callback(PrinterCallback)
     guarded = any(isinstance(c, GraspCallback) for c in callbacks)
-    newest = newest_whole(Path(out), guarded) if resume and save_every is not None else None
+    newest = None
+    if resume and save_every is not None:  # one without a guard's state is refused, if it is alone
+        newest = (guarded and newest_whole(Path(out), guarded=True)) or newest_whole(Path(out))
     trainer.train(resume_from_checkpoint=newest and str(newest))
     return trainer
 

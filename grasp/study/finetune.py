@@ -13,7 +13,7 @@ from grasp import data
 from grasp.bases.subspaces import Subspaces
 from grasp.data import Continued, draw
 from grasp.files import read_json, write_json
-from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit
+from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
 from grasp.model import adapted, load_model, processes
 from grasp.study import methods
 from grasp.study.settings import GUARDED, UNTRAINED, Settings, settings_from
@@ -92,6 +92,8 @@ def run(
             after_step(step)
 
     with around(model):  # which may refuse the model, so that nothing is written before
+        if callback and newest_whole(out / "checkpoints", guarded=True) is None:
+            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the first was cut off
         write_json(out / ABOUT, {"done": False, **about})
         fit(
             model,
