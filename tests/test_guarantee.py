@@ -1,21 +1,16 @@
 """What a certificate says is so of the weights that are kept, computed apart from the guard."""
 
-import json
-import math
 import types
 import warnings
 
 import pytest
 import torch
 from peft import LoraConfig
-from transformers import Trainer, TrainerCallback
 
 import grasp
 from grasp import Guard
-from grasp.guard.trainer import CERTIFICATE, STATE
 from grasp.model import unfused
 from tests.models import PROMPTS, batch, build, subspaces, train, trainable, with_lora
-from tests.test_trainer import ROWS, arguments
 
 FORMS = {
     "outputs found": {"read": 0.0, "rank": 3},
@@ -149,26 +144,6 @@ def test_an_adapter_in_16_bits_says_its_floor():
     assert all(m["bound"] == 2**-8 for m in found["modules"].values())
 
 
-class Lookahead(torch.optim.Optimizer):
-    """Steps an optimizer, and every third time goes back half of the way: Zhang et al. 2019."""
-
-    def __init__(self, optimizer):
-        self.optimizer, self.count = optimizer, 0
-        super().__init__(optimizer.param_groups, {})
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        self.optimizer.step()
-        self.count += 1
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                slow = state.setdefault("slow_param", p.detach().clone())
-                if self.count % 3 == 0:
-                    slow += 0.5 * (p - slow)
-                    p.copy_(slow)
-
-
 @pytest.mark.parametrize("form", ["both", "given"])
 @pytest.mark.parametrize("count", [6, 7])
 def test_an_optimizer_around_another_is_held_after_its_own_move(form, count):
@@ -183,113 +158,6 @@ def test_an_optimizer_around_another_is_held_after_its_own_move(form, count):
         with torch.no_grad():
             p.copy_(optimizer.state[p]["slow_param"])
     assert through(guard, before, deltas(model)) <= 1e-6
-
-
-def test_what_an_optimizer_shows_for_evaluation_is_held_too():
-    schedulefree = pytest.importorskip("schedulefree")
-    model = with_lora(build())
-    optimizer = schedulefree.AdamWScheduleFree(trainable(model), lr=1e-2)
-    optimizer.train()
-    before = deltas(model)
-    with guarded(model, optimizer) as guard:
-        train(model, optimizer, 20)
-        optimizer.eval()
-    assert through(guard, before, deltas(model)) <= 1e-6
-
-
-class SAM(torch.optim.Optimizer):
-    """Climbs, then steps from there: Foret et al., arXiv:2010.01412, called as its authors do."""
-
-    def __init__(self, parameters, base):
-        self.base = base
-        super().__init__(parameters, {})
-
-    @torch.no_grad()
-    def climb(self):
-        for p in (p for group in self.param_groups for p in group["params"]):
-            self.state[p]["was"] = p.detach().clone()
-            p += 0.01 * p.grad / (p.grad.norm() + 1e-9)
-
-    @torch.no_grad()
-    def descend(self):
-        for p in (p for group in self.param_groups for p in group["params"]):
-            p.copy_(self.state[p]["was"])
-        self.base.step()
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_an_optimizer_that_is_stepped_by_other_names(form):
-    model = with_lora(build())
-    optimizer = SAM(trainable(model), torch.optim.AdamW(trainable(model), lr=1e-2))
-    before = deltas(model)
-    with guarded(model, optimizer, form) as guard:
-        for i in range(6):
-            for move in (optimizer.climb, optimizer.descend):
-                model(**batch(seed=i)).loss.backward()
-                move()
-                model.zero_grad()
-        assert guard.steps == 6 and max(m["rank"] for m in guard.leak().values()) >= 3
-    assert through(guard, before, deltas(model)) <= 1e-6
-    assert guard.certificate()["holds"]
-
-
-def test_no_step_seen_is_not_certified():
-    model = with_lora(build())
-    with pytest.warns(UserWarning, match="no step of a torch optimizer was seen"):
-        with guarded(model, None) as guard:
-            model(**batch()).loss.backward()
-            with torch.no_grad():
-                for p in trainable(model):
-                    p -= 0.1 * p.grad
-    assert guard.certificate()["holds"] is False
-
-
-@pytest.mark.parametrize("start", [{}, {"init_lora_weights": "pissa"}])
-def test_an_average_that_began_before_the_bases_is_held_by_one_call(start):
-    model = with_lora(build(), **start)
-    before = deltas(model)
-    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
-    kept = []
-    with guarded(model, optimizer) as guard:
-        for i in range(10):
-            model(**batch(seed=i)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            kept.append([p.detach().clone() for p in trainable(model)])
-    with torch.no_grad():
-        for p, values in zip(trainable(model), zip(*kept, strict=True), strict=True):
-            p.copy_(torch.stack(values).mean(0))
-    assert not guard.certificate()["holds"] and through(guard, before, deltas(model)) > 1e-5
-    guard.pin()
-    assert guard.certificate()["holds"] and through(guard, before, deltas(model)) < 3e-6
-
-
-def test_two_optimizers_count_as_one_step():
-    model = with_lora(build())
-    named = dict(model.named_parameters())
-    first, second = (
-        torch.optim.AdamW([p for n, p in named.items() if part in n], lr=1e-2)
-        for part in ("lora_A", "lora_B")
-    )
-    before = deltas(model)
-    with guarded(model, first) as guard:
-        for i in range(6):
-            model(**batch(seed=i)).loss.backward()
-            first.step()
-            second.step()
-            model.zero_grad()
-        assert guard.steps == 6
-    assert through(guard, before, deltas(model)) <= 1e-6
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_an_optimizer_that_steps_inside_the_backward_pass_is_refused(form):
-    model = with_lora(build())
-    own = {p: torch.optim.AdamW([p], lr=1e-3) for p in trainable(model)}
-    for p in own:
-        p.register_post_accumulate_grad_hook(lambda p: own[p].step())
-    with guarded(model, None, form), pytest.raises(RuntimeError, match="inside the backward pass"):
-        model(**batch()).loss.backward()
 
 
 def test_what_begins_to_train_later_is_told_and_not_certified():
@@ -408,115 +276,6 @@ def test_in_other_precisions(form, kind):
     assert through(guard, before, deltas(model)) <= (1e-7 if kind == "double" else 1e-6)
 
 
-def callback(**options):
-    chosen = {"reference": PROMPTS, "tokens": 2, "every": 1, "refresh": 2, "rank": 4}
-    return grasp.GraspCallback(**(chosen | options))
-
-
-def trainer(out, *callbacks, model=None, kind=Trainer, **options) -> Trainer:
-    args = arguments(out, **options)
-    chosen = model or with_lora(build())
-    return kind(model=chosen, args=args, train_dataset=ROWS, callbacks=list(callbacks))
-
-
-def hooks(model) -> int:
-    return sum(len(p._post_accumulate_grad_hooks or {}) for p in model.parameters())
-
-
-class Stops(TrainerCallback):
-    def __init__(self, at: int, error: type[BaseException]):
-        self.at, self.error = at, error
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.at:
-            self.at = -1
-            raise self.error("stopped")
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, MemoryError])
-def test_no_guard_is_left_behind_and_the_run_goes_on_as_if_unbroken(tmp_path, error):
-    def run(name, *others):
-        options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 9}
-        return trainer(tmp_path / name, callback(), *others, learning_rate=3e-2, **options)
-
-    whole = run("whole")
-    whole.train()
-    broken = run("broken", Stops(5, error))
-    with pytest.raises(error):
-        broken.train()
-    assert hooks(broken.model) == 0
-    broken.train(resume_from_checkpoint=True)
-    assert hooks(broken.model) == 0
-    for a, b in zip(trainable(whole.model), trainable(broken.model), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_a_second_training_begins_where_the_first_ended(tmp_path):
-    hold = callback()
-    t = trainer(tmp_path, hold, model=with_lora(build(), r=8))
-    t.train()
-    before = deltas(t.model)
-    with pytest.warns(UserWarning, match="merge it and start a fresh LoRA"):
-        t.train()
-    after = deltas(t.model)
-    assert through(hold.guard, before, after) <= 2e-6
-    assert max(float((after[n] - before[n]).norm() / W.norm()) for n, W in after.items()) > 1e-2
-    assert json.loads((tmp_path / CERTIFICATE).read_text())["holds"]
-    assert hooks(t.model) == 0
-
-
-class NotANumber(Trainer):
-    def compute_loss(self, *args, **kwargs):
-        loss = super().compute_loss(*args, **kwargs)
-        return loss * math.nan if self.state.global_step == 3 else loss
-
-
-@pytest.mark.parametrize("make", [callback, lambda: grasp.GraspCallback(subspaces())])
-def test_weights_that_are_no_numbers_are_never_certified(tmp_path, make):
-    t = trainer(tmp_path, make(), kind=NotANumber, max_grad_norm=0.0)
-    with pytest.warns(UserWarning, match="does not hold.*NaN or infinite.*learning rate"):
-        t.train()
-    found = json.loads((tmp_path / CERTIFICATE).read_text())
-    assert found["holds"] is False and found["finite"] is False and found["through"] is None
-    assert t.state.log_history[-1]["grasp/holds"] == 0
-
-
-class Averaged(TrainerCallback):
-    """Puts other weights into the model at the end, as an average that nobody pinned would."""
-
-    def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        with torch.no_grad():
-            for p in trainable(model):
-                p += 0.01 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
-
-
-def test_the_certificate_is_of_the_model_that_is_kept(tmp_path):
-    before = None
-    hold = callback()
-    t = trainer(tmp_path, hold, Averaged())
-    before = deltas(t.model)
-    with pytest.warns(UserWarning, match="does not hold for the model that is kept"):
-        t.train()
-    found = json.loads((tmp_path / CERTIFICATE).read_text())
-    assert found["holds"] is False
-    assert found["through"] == pytest.approx(through(hold.guard, before, deltas(t.model)), rel=1e-3)
-
-
-def test_resumes_wherever_the_checkpoint_lies_and_says_where_it_looked(tmp_path):
-    first = trainer(tmp_path / "run", callback(), save_strategy="steps", save_steps=3)
-    first.train()
-    moved = tmp_path / "elsewhere" / "named"
-    moved.parent.mkdir()
-    (tmp_path / "run" / "checkpoint-3").rename(moved)
-    again = trainer(tmp_path / "other", callback())
-    again.train(resume_from_checkpoint=str(moved))
-    for a, b in zip(trainable(first.model), trainable(again.model), strict=True):
-        assert torch.equal(a, b)
-    (moved / STATE).unlink()
-    with pytest.raises(ValueError, match="named was saved without a guard"):
-        trainer(tmp_path / "third", callback()).train(resume_from_checkpoint=str(moved))
-
-
 def test_bases_of_inputs_are_shared_by_checkpoints_and_found_anew_where_they_are_lost(tmp_path):
     model = with_lora(build())
     optimizer = torch.optim.AdamW(trainable(model), lr=3e-2)
@@ -539,21 +298,6 @@ def test_bases_of_inputs_are_shared_by_checkpoints_and_found_anew_where_they_are
         guarded(other, torch.optim.SGD(trainable(other))).attach(two)
 
 
-def test_metrics_are_in_tensorboard(tmp_path):
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    t = trainer(tmp_path, callback(), report_to="tensorboard")
-    t.train()
-    folder = next(tmp_path.rglob("events.out.tfevents.*")).parent
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    for name in ("blocked", "through", "rank", "divergence", "holds"):
-        assert any(tag.endswith(f"grasp/{name}") for tag in tags), tags
-        assert any(f"grasp/{name}" in log for log in t.state.log_history)
-
-
 def test_an_adapter_that_is_added_later_is_told():
     model = with_lora(build())
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
@@ -567,3 +311,50 @@ def test_an_adapter_that_is_added_later_is_told():
         with pytest.warns(UserWarning, match="later.*began to train after"):
             train(model, optimizer, 1)
     assert not guard.certificate()["holds"]
+
+
+def test_weights_put_in_anothers_place_are_not_certified():
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with guarded(model, optimizer) as guard:
+        train(model, optimizer, 3)
+    assert guard.certificate()["holds"]
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    found = guard.certificate()
+    assert not found["holds"] and len(found["uncovered"]) == 28
+
+
+def test_one_weight_in_two_places_is_refused():
+    model = build()
+    for name, p in model.named_parameters():
+        p.requires_grad_("_proj" in name)
+    layers = model.model.layers
+    layers[1].mlp.up_proj.weight = layers[0].mlp.up_proj.weight
+    with pytest.raises(ValueError, match="are one weight, .*untie them"):
+        Guard(model, reference=PROMPTS, tokens=2).attach()
+
+
+@pytest.mark.parametrize(
+    ("reference", "says"),
+    [
+        ({"train": PROMPTS}, r"dict of train; give one of them, such as reference\['train'\]"),
+        ([[3, 64]], "outside the model's 64"),
+        ([[3] * 2050], "longer than the model's 2048"),
+    ],
+)
+def test_references_that_do_not_fit_the_model(reference, says):
+    with pytest.raises(ValueError, match=says):
+        Guard(with_lora(build()), reference=reference, tokens=2).attach()
+
+
+def test_a_reference_serves_two_guards_alike():
+    model = with_lora(build())
+    reference = grasp.Reference(model, PROMPTS, tokens=2, batch=3)
+    weights = []
+    for _ in range(2):
+        model = with_lora(build())
+        optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+        with Guard(model, reference=reference, every=1, refresh=2, optimizer=optimizer):
+            train(model, optimizer, 6)
+        weights.append([p.detach().clone() for p in trainable(model)])
+    assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

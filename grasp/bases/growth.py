@@ -102,12 +102,17 @@ class Growth:
         if directions not in DIRECTIONS:
             raise ValueError(f"directions is {directions!r}; choose among {', '.join(DIRECTIONS)}")
         check(read, read_rank, rank, every, refresh, grow)
+        for name, value in (("tokens", tokens), ("batch", batch)):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
         if drifted and isinstance(reference, Reference):
             raise ValueError("reference is made already; give drifted when you make it")
         if any(isinstance(text, str) or len(text) != 2 for text in drifted):
             raise ValueError(
                 "drifted holds something other than (ids, labels); give what grasp.draw returns"
             )
+        if isinstance(reference, Reference):
+            reference = reference.copy()  # whose order of prompts goes on by itself
         self.reference, self.tokenizer, self.drifted = reference, tokenizer, drifted
         self.read, self.read_rank = read, read_rank
         self.rank, self.directions = rank, directions

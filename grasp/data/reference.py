@@ -8,6 +8,7 @@ the base model's distribution over the next token, kept from the moment the refe
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from numbers import Integral
 from pathlib import Path
 
@@ -94,6 +95,13 @@ class Reference:
             longest = int(mask.sum(1).max())
             yield self.ids[start : start + self.batch, :longest], mask[:, :longest]
 
+    def copy(self) -> "Reference":
+        """The same reference, whose `sample` takes an order of its own from here on."""
+        other = copy(self)
+        other.generator = torch.Generator()
+        other.generator.set_state(self.generator.get_state())
+        return other
+
     def state_dict(self) -> dict[str, Tensor]:
         lengths = torch.tensor([len(t) for t in self.top])
         return {
@@ -151,6 +159,7 @@ def draw(
         ValueError: no prompts, or strings without a tokenizer.
     """
     rows = tokenized(prompts, tokenizer)
+    _check_ids(model, rows, tokens)
     generator = torch.Generator().manual_seed(seed)
     by_length: dict[int, list[int]] = {}
     for i, row in enumerate(rows):
@@ -163,6 +172,23 @@ def draw(
                 found = _drawn(model, [rows[i] for i in chosen], tokens, generator)
                 answers |= dict(zip(chosen, found, strict=True))
     return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
+
+
+def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or float("inf")
+    for i, row in enumerate(rows):
+        if not all(0 <= t < known for t in row):
+            raise ValueError(
+                f"reference[{i}] has token ids outside the model's {known}; give those of its own "
+                "tokenizer"
+            )
+        if len(row) + tokens > longest:
+            raise ValueError(
+                f"reference[{i}] is {len(row)} tokens long, and with {tokens} that are drawn it is "
+                f"longer than the model's {longest}; leave it out, or give fewer tokens"
+            )
 
 
 def _drawn(
@@ -214,6 +240,12 @@ def tokenized(prompts, tokenizer) -> list[list[int]]:
                 "list of prompts, or the path of a file with one a line"
             )
         prompts = read_prompts(prompts)
+    if isinstance(prompts, Mapping):
+        parts = ", ".join(map(str, prompts))
+        raise ValueError(
+            f"reference is a {type(prompts).__name__} of {parts}; give one of them, such as "
+            f"reference[{next(iter(prompts), None)!r}]"
+        )
     prompts = list(prompts)
     if not prompts:
         raise ValueError("reference is empty; give some dozens of prompts from unrelated topics")

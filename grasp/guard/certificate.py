@@ -20,7 +20,8 @@ def bound(g: Guarded, change: Change) -> float:
     along a basis is kept to that rounding, however little it moves otherwise. A basis that fills
     its whole space leaves ΔW nothing but rounding, which is set against the weight beneath.
     """
-    half = torch.finfo(g.parameter.dtype).eps / 2
+    dtypes = [g.parameter.dtype] if g.partner else [g.parameter.dtype, g.weight.kept.dtype]
+    half = min(torch.finfo(dtype).eps for dtype in dtypes) / 2  # of the training, of a whole weight
     start = change.start
     if g.basis.shape[1] == g.basis.shape[0]:
         start = max(start, g.trained.matrix.norm())
@@ -69,7 +70,10 @@ def why(found: Mapping) -> str:
         )
     if found["uncovered"]:
         names = ", ".join(found["uncovered"][:4])
-        return f"{names} began to train after the guard was attached; unfreeze before training"
+        return (
+            f"{names} began to train, or was put in another's place, after the guard was attached; "
+            "unfreeze and load before training"
+        )
     return (
         "the weights were moved after the last guarded step: another model was loaded at the end, "
         "weights were averaged (hold the average too: guard.pin()) or cast, or something other "

@@ -100,6 +100,7 @@ class Guard:
         self._asked: list[bool] = []
         self._watched: dict[int, tuple] = {}  # what was seen at each optimizer's last step
         self._known: list[Whole] = []
+        self._named: dict[str, nn.Parameter] = {}  # what is guarded, by the model's own names
         self._weights: Projections | None = None
         self._averages: dict[int, list[gk.Projector]] = {}  # by optimizer
 
@@ -131,7 +132,6 @@ class Guard:
             found = inspect(self.model)
             trained = found.trained()
             checks.refuse_rounded(trained)
-            checks.take_over(self, [t.parameter for t in trained])
             weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
             self._known = list(weights.values())
             if state is None:
@@ -139,6 +139,8 @@ class Guard:
                     weight.remember()
             self.guarded = self._match(found, trained, weights)
             self.gradients = Gradients(self.guarded, self.wrapped)
+            held = {id(g.parameter) for g in self.guarded}
+            self._named = {n: p for n, p in self.model.named_parameters() if id(p) in held}
             self._parameters = list(self.model.parameters())
             self._asked = [p.requires_grad for p in self._parameters]
             self._watched = {}
@@ -149,6 +151,7 @@ class Guard:
             elif self.growth is not None:
                 self.growth.start(self.model, self.guarded)
             checks.tell_held(self.guarded)
+            checks.take_over(self, [t.parameter for t in trained])
             try:
                 self._hook(found)
             except BaseException:
@@ -202,7 +205,7 @@ class Guard:
             all reference prompts now, and `divergences` during training.
         """
         self.gradients.count()
-        found = certificate(self.guarded, self.uncovered)
+        found = certificate(self.guarded, [*self.uncovered, *self.replaced()])
         found["steps"] = self.steps
         grows = self.growth is not None and self.growth.rank > 0
         if grows and not self.steps and self.gradients.came:
@@ -211,6 +214,16 @@ class Guard:
             found["divergence"] = finite(self.growth.reference.measure(self.model))
             found["divergences"] = [(step, finite(kl)) for step, kl in self.divergences]
         return found
+
+    def replaced(self) -> list[str]:
+        """Guarded parameters that the model has others in place of."""
+        now = dict(self.model.named_parameters())
+        return [n for n, p in self._named.items() if n in now and now[n] is not p]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether the guarded parameters are a model's."""
+        there = {id(p) for p in model.parameters()}
+        return bool(self.guarded) and all(id(g.parameter) in there for g in self.guarded)
 
     def pin(self) -> None:
         """Hold the weights as they are now: an average of earlier ones, for example, once loaded.
@@ -249,7 +262,15 @@ class Guard:
         if self.subspaces is not None:
             bases = matrix_bases(found, self.subspaces, indirect=self.indirect)
 
+        owners: dict[tuple, Trained] = {}
+
         def guarded_by(t: Trained, basis: Tensor) -> Guarded:
+            first = owners.setdefault((id(t.parameter), t.holds), t)
+            if first is not t:
+                raise ValueError(
+                    f"{t.name} and {first.name} are one weight, which can't be kept off two bases; "
+                    "untie them, or train one of the two"
+                )
             return Guarded.of(t, weights[id(t.parameter)], weights.get(id(t.partner)), basis)
 
         guarded = []

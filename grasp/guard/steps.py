@@ -29,6 +29,7 @@ class Steps:
         self.moved = None if parameters is None else {id(p) for p in parameters}
         self._inside: list[Optimizer] = []
         self._counted: Optimizer | None = None
+        self._since: list[Optimizer] = []  # others that stepped since the counted one
 
     def begin(self, optimizer: Optimizer) -> None:
         """A step begins, perhaps inside another's (Lookahead steps what it is around)."""
@@ -40,15 +41,19 @@ class Steps:
         """A step ends; whether it is one of the run's, of which others make a part.
 
         Counted are the steps of the optimizer that is first to step inside no other, whatever
-        optimizers there are besides.
+        optimizers there are besides; of another, once it steps twice and that one not at all.
         """
         if optimizer in self._inside:
             del self._inside[self._inside.index(optimizer) :]
         if self._inside:
             return False
-        if self._counted is None:
+        if self._counted is None or optimizer in self._since:
             self._counted = optimizer
-        return optimizer is self._counted
+        if optimizer is self._counted:
+            self._since.clear()
+            return True
+        self._since.append(optimizer)
+        return False
 
     def before(self, call: Call) -> RemovableHandle:
         """Call before each step; the handle takes the call away again."""

@@ -1,9 +1,11 @@
 """The guard inside `transformers.Trainer` and what is built on it; nothing else imports Trainer."""
 
 import functools
+import os
 import sys
+import tempfile
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,8 +47,11 @@ class GraspCallback(TrainerCallback):
                 "give subspaces (from grasp.discover) or reference (a list of prompts, such as "
                 "grasp.default_prompts())"
             )
+        reference = list(reference) if isinstance(reference, Iterator) else reference
         self.subspaces, self.reference, self.options = subspaces, reference, options
         self.guard: Guard | None = None
+        self.training = False
+        """Whether `train` has begun and not ended, so that beginning again goes on."""
 
     def on_init_end(self, args, state, control, **kwargs):
         if (loop := calling()) is not None:
@@ -59,16 +64,26 @@ class GraspCallback(TrainerCallback):
                 "DeepSpeed steps its own flat copies of the weights, which the guard can't pin; "
                 "train with DDP, or without DeepSpeed"
             )
-        self.release()  # of a training that began before: another batch size, another trial
         if (loop := calling()) is not None:
             go_first(self, loop.trainer)
+            release_at_the_end(self, loop.trainer)
+        self.release()  # of a training that began before: another batch size, another trial
         options = self.options
         if self.reference is not None:
             options = {"tokenizer": kwargs.get("processing_class")} | options
-        self.guard = Guard(
-            model, self.subspaces, optimizer=optimizer, reference=self.reference, **options
+        before, self.guard = (
+            self.guard,
+            Guard(model, self.subspaces, optimizer=optimizer, reference=self.reference, **options),
         )
-        self.guard.attach(_saved(args, state, loop) if state.global_step > 0 else None)
+        if state.global_step > 0:
+            self.guard.attach(_saved(args, state, loop))
+        elif self.training and before is not None and before.is_of(model):
+            # Begun again with smaller batches; the weights stay where they had come to.
+            with tempfile.TemporaryDirectory() as folder:
+                self.guard.attach(before.save(Path(folder) / STATE))
+        else:
+            self.guard.attach()
+        self.training = True
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
@@ -108,7 +123,8 @@ class GraspCallback(TrainerCallback):
 
     def _measured(self) -> dict[str, float]:
         self.guard.gradients.count()
-        found = certificate(self.guard.guarded, self.guard.uncovered)
+        uncovered = [*self.guard.uncovered, *self.guard.replaced()]
+        found = certificate(self.guard.guarded, uncovered)
         modules = found["modules"].values()
         measured = {
             "grasp/blocked": _mean([m["blocked"] for m in modules]),
@@ -141,9 +157,10 @@ def calling() -> Loop | None:
     if trainer is None:
         return None
     resumed, folder = local["resume_from_checkpoint"], trainer.args.output_dir
+    resumed = os.fspath(resumed) if isinstance(resumed, (str, os.PathLike)) else None
     if local["trial"] is not None:
         folder = trainer._get_output_dir(trial=local["trial"])
-    return Loop(trainer, resumed if isinstance(resumed, str) else None, folder)
+    return Loop(trainer, resumed, folder)
 
 
 def _trainer(owner) -> Trainer | None:
@@ -161,14 +178,19 @@ def go_first(callback: TrainerCallback, trainer: Trainer) -> None:
 def release_at_the_end(callback: GraspCallback, trainer: Trainer) -> None:
     """Trainer gives callbacks no word of an exception, so `train` is made to end with a release."""
     train = trainer.train
+    if getattr(train, "releases", None) is callback:
+        return
 
     @functools.wraps(train)
     def released(*args, **kwargs):
+        callback.training = False
         try:
             return train(*args, **kwargs)
         finally:
+            callback.training = False
             callback.release()
 
+    released.releases = callback
     trainer.train = released
 
 
