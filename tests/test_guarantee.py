@@ -144,22 +144,6 @@ def test_an_adapter_in_16_bits_says_its_floor():
     assert all(m["bound"] == 2**-8 for m in found["modules"].values())
 
 
-@pytest.mark.parametrize("form", ["both", "given"])
-@pytest.mark.parametrize("count", [6, 7])
-def test_an_optimizer_around_another_is_held_after_its_own_move(form, count):
-    model = with_lora(build())
-    optimizer = Lookahead(torch.optim.AdamW(trainable(model), lr=1e-2))
-    before = deltas(model)
-    with guarded(model, optimizer, form) as guard:
-        train(model, optimizer, count)
-        assert guard.steps == count
-    assert through(guard, before, deltas(model)) <= 1e-6
-    for p in trainable(model):
-        with torch.no_grad():
-            p.copy_(optimizer.state[p]["slow_param"])
-    assert through(guard, before, deltas(model)) <= 1e-6
-
-
 def test_what_begins_to_train_later_is_told_and_not_certified():
     model = with_lora(build())
     late = model.get_parameter("base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight")

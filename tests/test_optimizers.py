@@ -144,3 +144,19 @@ def test_a_fresh_optimizer_goes_on_where_the_last_one_was():
         assert guard.steps >= 7
     assert through(guard, before, deltas(model)) <= 1e-6
     assert max(m["rank"] for n, m in guard.leak().items() if "lora_B" in n) == 3
+
+
+@pytest.mark.parametrize("form", ["both", "given"])
+@pytest.mark.parametrize("count", [6, 7])
+def test_an_optimizer_around_another_is_held_after_its_own_move(form, count):
+    model = with_lora(build())
+    optimizer = Lookahead(torch.optim.AdamW(trainable(model), lr=1e-2))
+    before = deltas(model)
+    with guarded(model, optimizer, form) as guard:
+        train(model, optimizer, count)
+        assert guard.steps == count
+    assert through(guard, before, deltas(model)) <= 1e-6
+    for p in trainable(model):
+        with torch.no_grad():
+            p.copy_(optimizer.state[p]["slow_param"])
+    assert through(guard, before, deltas(model)) <= 1e-6
