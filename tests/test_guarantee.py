@@ -342,3 +342,43 @@ def test_a_reference_serves_two_guards_alike():
             train(model, optimizer, 6)
         weights.append([p.detach().clone() for p in trainable(model)])
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))
+
+
+def test_an_adapter_that_is_left_nothing_to_learn_is_told():
+    model = trained_before()  # r = 4
+    with pytest.warns(UserWarning, match="leaves them nothing to learn; give a smaller rank"):
+        with Guard(model, reference=PROMPTS, tokens=2, rank=4):
+            pass
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        with Guard(model, reference=PROMPTS, tokens=2, rank=3, read=0):
+            pass
+
+
+def test_a_guard_that_is_attached_again_saves_what_it_holds_then(tmp_path):
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    guard = guarded(model, optimizer)
+    with guard:
+        train(model, optimizer, 4)
+        guard.save(tmp_path / "one.safetensors")
+    model.get_input_embeddings().weight.data.mul_(-2).add_(0.1)  # other inputs than before
+    with pytest.warns(UserWarning, match="go on from what they learned"):
+        guard.attach()
+    assert guard.steps == 0
+    train(model, optimizer, 2)
+    guard.save(tmp_path / "two.safetensors")
+    guard.detach()
+    again = guarded(model, optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        again.attach(tmp_path / "two.safetensors")
+    assert all(torch.equal(again.bases[n], basis) for n, basis in guard.bases.items())
+    again.detach()
+
+
+def test_what_was_never_attached_has_no_certificate():
+    guard = Guard(with_lora(build()), subspaces())
+    for call in (guard.certificate, guard.pin):
+        with pytest.raises(RuntimeError, match="attach first"):
+            call()

@@ -5,6 +5,7 @@ Each case says by itself whether it is well formed; 1,500 are drawn.
 
 import json
 import math
+import shutil
 import traceback
 from pathlib import Path
 
@@ -12,9 +13,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
-from grasp import Guard, Subspaces
+from grasp import Guard, Subspaces, discover
 from grasp.data import read_rows, tokenized
+from grasp.model import load_adapter
 from grasp.organism import load
 from grasp.study.settings import settings_from
 from tests.models import WIDTH, build, with_lora
@@ -206,3 +209,56 @@ def test_settings(given_values):
 @pytest.mark.parametrize("what", ["", "no such file", 7, None, [""], [[]], [{"a": 1}], [b""]])
 def test_references_of_other_kinds(what):
     holds(lambda: tokenized(what, TOKENIZER), False)
+
+
+def damaged(folder: Path, how: str, key: int) -> None:
+    weights = folder / "adapter_model.safetensors"
+    tensors = load_file(weights)
+    name = sorted(tensors)[key % len(tensors)]
+    if how == "missing":
+        del tensors[name]
+    elif how == "empty":
+        tensors = {}
+    elif how == "more":
+        tensors["base_model.model.model.layers.9.lora_A.weight"] = torch.ones(2, 2)
+    elif how == "shape":
+        tensors[name] = torch.ones(3, 3)
+    elif how == "nan":
+        tensors[name] = tensors[name] * math.nan
+    save_file(tensors, weights)
+    if how == "cut":
+        weights.write_bytes(weights.read_bytes()[: 10 + key])
+    elif how == "no weights":
+        weights.unlink()
+    elif how == "no JSON":
+        (folder / "adapter_config.json").write_text("{")
+    elif how == "other adapter":
+        config = json.loads((folder / "adapter_config.json").read_text())
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LOHA"}))
+
+
+HOW = ["whole", "missing", "empty", "more", "shape", "nan", "cut", "no weights", "no JSON"]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter") / "whole"
+    model = with_lora(load()[0])
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            p.data.normal_()
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.filterwarnings("ignore")
+@settings(max_examples=60)
+@given(how=st.sampled_from([*HOW, "other adapter"]), key=st.integers(0, 60), found=st.booleans())
+def test_adapters(adapter, tmp_path_factory, how, key, found):
+    folder = tmp_path_factory.mktemp("damaged") / "adapter"
+    shutil.copytree(adapter, folder)
+    damaged(folder, how, key)
+    holds(
+        (lambda: discover(folder, 2)) if found else (lambda: load_adapter(load()[0], folder)),
+        how == "whole",
+    )

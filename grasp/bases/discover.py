@@ -22,6 +22,7 @@ from grasp.model import (
     base_name,
     evaluating,
     inspect,
+    load_adapter,
     load_model,
     lora_update,
 )
@@ -89,16 +90,19 @@ def discover(
 def _model(item: nn.Module | Path | str) -> nn.Module:
     if isinstance(item, nn.Module):
         return item
-    from peft import PeftConfig, PeftModel
+    from peft import PeftConfig
 
     folder = Path(item)
     if not (folder / "adapter_config.json").exists():
         raise FileNotFoundError(f"no adapter in {folder} (adapter_config.json is not there)")
-    base = PeftConfig.from_pretrained(folder).base_model_name_or_path
+    try:
+        base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{folder} has no readable adapter_config.json ({error})") from error
     if not base:
         raise ValueError(f"{folder} does not name its base model; pass a PEFT model instead")
     model, _ = load_model(base)
-    return PeftModel.from_pretrained(model, folder)
+    return load_adapter(model, folder)
 
 
 def _written(found: Architecture) -> dict[int, Tensor]:

@@ -35,10 +35,8 @@ def evaluate(
     A judge marks the model's own answers to the unrelated questions for harm, from 0 to 100; an
     endpoint's key is read from OPENAI_API_KEY.
     """
-    from peft import PeftModel
-
     from grasp.files import write_json
-    from grasp.model import load_model
+    from grasp.model import load_adapter, load_model
     from grasp.study import evaluation_files as files
     from grasp.study.evaluate import evaluate as measure
     from grasp.study.evaluate import interval, judged, multiple_choice
@@ -63,7 +61,7 @@ def evaluate(
 
     scores = {"base": scored(base)}
     if adapter is not None:
-        scores["tuned"] = scored(PeftModel.from_pretrained(base, adapter).eval())
+        scores["tuned"] = scored(load_adapter(base, adapter).eval())
     write_json(out, scores)
     table = Table("measure", "items", "base" if adapter is None else "shift", "95 % interval")
     for name, values in scores["base"].items():

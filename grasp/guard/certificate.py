@@ -63,7 +63,7 @@ def why(found: Mapping) -> str:
     """The likely cause, in a sentence, of a certificate that does not hold."""
     if not found["finite"]:
         return "weights are NaN or infinite: training diverged; lower the learning rate"
-    if found.get("steps") == 0:
+    if not found["stepped"]:
         return (
             "no step of a torch optimizer was seen, so no basis could grow; train with one, or "
             "block inputs alone (rank=0)"

@@ -59,8 +59,27 @@ def tell_open(found: Architecture, trained: Sequence[Trained], guarded: Sequence
         )
 
 
-def tell_held(guarded: Sequence[Guarded]) -> None:
-    """Warn of adapters that go on, where what they do to blocked inputs holds a whole factor."""
+def tell_held(guarded: Sequence[Guarded], rank: int) -> None:
+    """Warn of adapters that go on, where what they did before holds one factor whole, or both.
+
+    Args:
+        guarded: all of a guard.
+        rank: to which bases of outputs grow: a LoRA of no larger r is held in A by them alone.
+    """
+    small = [
+        g.name
+        for g in guarded
+        if g.left and g.partner is not None and g.partner.kept is not None
+        if g.weight.shape[1] <= max(rank, g.basis.shape[1])
+    ]
+    if small:
+        warnings.warn(
+            f"{len(small)} adapters go on from what they learned ({small[0]}, …) with no larger r "
+            f"than the {rank} directions of outputs that are blocked, which leaves them nothing to "
+            "learn; give a smaller rank, or merge it and start a fresh LoRA",
+            stacklevel=4,
+        )
+        return
     whole = [
         g.name for g in guarded for pin in g.pins()[1:] if pin.basis.shape[1] == pin.basis.shape[0]
     ]

@@ -134,6 +134,7 @@ class Guard:
             checks.refuse_rounded(trained)
             weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
             self._known = list(weights.values())
+            self.steps, self.inputs_file = 0, None
             if state is None:
                 for weight in weights.values():
                     weight.remember()
@@ -150,7 +151,7 @@ class Guard:
                 load(self, Path(state), self._known)
             elif self.growth is not None:
                 self.growth.start(self.model, self.guarded)
-            checks.tell_held(self.guarded)
+            checks.tell_held(self.guarded, 0 if self.growth is None else self.growth.rank)
             checks.take_over(self, [t.parameter for t in trained])
             try:
                 self._hook(found)
@@ -203,13 +204,16 @@ class Guard:
             As `certificate.certificate`: whether it `holds`, what got `through`, and `modules`; of
             a drift-guided run also `divergence`, the mean KL(base ‖ model) in nats per token on
             all reference prompts now, and `divergences` during training.
+
+        Raises:
+            RuntimeError: it was never attached.
         """
+        self._check_guarded()
         self.gradients.count()
         found = certificate(self.guarded, [*self.uncovered, *self.replaced()])
-        found["steps"] = self.steps
         grows = self.growth is not None and self.growth.rank > 0
-        if grows and not self.steps and self.gradients.came:
-            found["holds"] = False  # it was trained, and no basis could grow
+        found["stepped"] = bool(self.steps) or not (grows and self.gradients.came)
+        found["holds"] = found["holds"] and found["stepped"]
         if self.growth is not None and isinstance(self.growth.reference, Reference):
             found["divergence"] = finite(self.growth.reference.measure(self.model))
             found["divergences"] = [(step, finite(kl)) for step, kl in self.divergences]
@@ -231,8 +235,7 @@ class Guard:
         Raises:
             RuntimeError: it was never attached.
         """
-        if not self.guarded:
-            raise RuntimeError("nothing is guarded yet; attach first")
+        self._check_guarded()
         Projections([g for g in self.guarded if g.basis.shape[1]], gradients=False)()
 
     @set_aside()
@@ -254,6 +257,10 @@ class Guard:
         """
         self.gradients.count()
         return save(self, Path(path))
+
+    def _check_guarded(self) -> None:
+        if not self.guarded:
+            raise RuntimeError("nothing is guarded yet; attach first")
 
     def _match(
         self, found: Architecture, trained: list[Trained], weights: dict[int, Whole]

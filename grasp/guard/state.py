@@ -88,7 +88,9 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
         with _at_start(weights):
             guard.growth.start(guard.model, inputs)
     for g in inputs:
-        sketch = tensors[f"sketch.{g.name}"].to(g.basis)
+        if (sketch := tensors.get(f"sketch.{g.name}")) is None:
+            raise ValueError(f"{path} is of an earlier version of grasp-kernels; start anew")
+        sketch = sketch.to(g.basis)
         if float((_sketch(g.basis).to(sketch) - sketch).norm()) > SAME * float(sketch.norm()):
             raise ValueError(
                 f"{_beside(path)} is missing or of another run, and what {g.name} takes in is not "

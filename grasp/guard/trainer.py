@@ -5,9 +5,10 @@ import os
 import sys
 import tempfile
 import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 from transformers import (
@@ -66,7 +67,9 @@ class GraspCallback(TrainerCallback):
             )
         if (loop := calling()) is not None:
             go_first(self, loop.trainer)
-            release_at_the_end(self, loop.trainer)
+            if release_at_the_end(self, loop.trainer) and loop.run is not None:
+                # It joined late: this training's own end is that of what runs it.
+                weakref.finalize(loop.run, self.release).atexit = False
         self.release()  # of a training that began before: another batch size, another trial
         options = self.options
         if self.reference is not None:
@@ -143,15 +146,18 @@ class Loop(NamedTuple):
     trainer: Trainer
     resumed_from: str | None
     folder: str  # of checkpoints: a trial of a hyperparameter search has its own
+    run: Any  # what `train` calls to train, and lets go of when it ends
 
 
 def calling() -> Loop | None:
     """The Trainer that is calling, found among the callers; None where another loop calls."""
-    trainer, local, frame = None, {}, sys._getframe(1)
+    trainer, frame = None, sys._getframe(1)
+    local = dict.fromkeys(("resume_from_checkpoint", "trial", "inner_training_loop"))
     while frame is not None:
-        trainer = trainer or (owner := frame.f_locals.get("self")) and _trainer(owner)
-        for name in ("resume_from_checkpoint", "trial"):
-            if local.get(name) is None:
+        if trainer is None and isinstance(frame.f_locals.get("self"), Trainer):
+            trainer = frame.f_locals["self"]
+        for name, found in local.items():
+            if found is None:
                 local[name] = frame.f_locals.get(name)
         frame = frame.f_back
     if trainer is None:
@@ -160,11 +166,7 @@ def calling() -> Loop | None:
     resumed = os.fspath(resumed) if isinstance(resumed, (str, os.PathLike)) else None
     if local["trial"] is not None:
         folder = trainer._get_output_dir(trial=local["trial"])
-    return Loop(trainer, resumed, folder)
-
-
-def _trainer(owner) -> Trainer | None:
-    return owner if isinstance(owner, Trainer) else None
+    return Loop(trainer, resumed, folder, local["inner_training_loop"])
 
 
 def go_first(callback: TrainerCallback, trainer: Trainer) -> None:
@@ -175,11 +177,15 @@ def go_first(callback: TrainerCallback, trainer: Trainer) -> None:
         callbacks.insert(0, callback)
 
 
-def release_at_the_end(callback: GraspCallback, trainer: Trainer) -> None:
-    """Trainer gives callbacks no word of an exception, so `train` is made to end with a release."""
+def release_at_the_end(callback: GraspCallback, trainer: Trainer) -> bool:
+    """Trainer gives callbacks no word of an exception, so `train` is made to end with a release.
+
+    Returns:
+        Whether it was not made so before.
+    """
     train = trainer.train
     if getattr(train, "releases", None) is callback:
-        return
+        return False
 
     @functools.wraps(train)
     def released(*args, **kwargs):
@@ -192,6 +198,7 @@ def release_at_the_end(callback: GraspCallback, trainer: Trainer) -> None:
 
     released.releases = callback
     trainer.train = released
+    return True
 
 
 def _saved(args, state, loop: Loop | None) -> Path:

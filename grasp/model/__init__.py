@@ -9,7 +9,7 @@ from grasp.model.architecture import (
     base_name,
     lora_update,
 )
-from grasp.model.loading import adapted, load_model
+from grasp.model.loading import adapted, load_adapter, load_model
 from grasp.model.modes import base_model, evaluating, given, unfused
 from grasp.model.probe import inspect
 
@@ -24,6 +24,7 @@ __all__ = [
     "evaluating",
     "given",
     "inspect",
+    "load_adapter",
     "load_model",
     "lora_update",
     "processes",

@@ -64,23 +64,49 @@ def adapted(
         trainable: whether its weights ask for gradients.
 
     Raises:
-        ValueError: the adapter is of another model.
+        ValueError: as `load_adapter`.
     """
-    from peft import PeftModel
-    from safetensors import SafetensorError
-
+    tuned = load_adapter(model, folder, name, trainable=trainable)
     try:
-        tuned = PeftModel.from_pretrained(model, folder, is_trainable=trainable)
+        yield tuned
+    finally:
+        tuned.unload()
+
+
+def load_adapter(
+    model: nn.Module, folder: Path | str, name: str = "adapter", *, trainable: bool = False
+) -> nn.Module:
+    """The model with an adapter on it; arguments as `adapted`.
+
+    Raises:
+        ValueError: the adapter is damaged, incomplete, of another model, or holds NaN.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    folder = Path(folder)
+    try:
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        weights = folder / "adapter_model.safetensors"
+        there = load_file(weights) if weights.exists() else {}
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:
         why = " ".join(str(error).strip().splitlines()[:2])[:200]
         base = getattr(model.config, "_name_or_path", "the model")
         raise ValueError(
             f"{name}: the adapter in {folder} does not fit {base} ({why}); give a fine-tune of it"
         ) from error
-    try:
-        yield tuned
-    finally:
+    # PEFT starts what a file lacks anew, and passes over what it has besides.
+    wanted = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    odd = {k for k in there.keys() ^ wanted.keys() if k in wanted or "lora_" in k}
+    odd |= {k for k, T in there.items() if not bool(T.isfinite().all())}
+    if weights.exists() and odd:
         tuned.unload()
+        raise ValueError(
+            f"{name}: the adapter in {folder} is damaged: {min(odd)} is missing, has no place in "
+            "the model, or holds NaN; save it anew"
+        )
+    return tuned
 
 
 def _packaged(name: str) -> tuple[str, dict[str, str]]:

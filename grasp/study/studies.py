@@ -11,11 +11,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 import numpy as np
-from peft import PeftModel
 
 from grasp import data
 from grasp.files import read_json, write_json
-from grasp.model import load_model
+from grasp.model import load_adapter, load_model
 from grasp.study import finetune
 from grasp.study.compare import compare, stem
 from grasp.study.evaluate import Pair, evaluate, interval, judged
@@ -329,7 +328,7 @@ def _scored(path: Path, study: Study, measures, adapter: Path | None) -> dict:
     model, tokenizer = load_model(study.model, study.dtype)
     pairs = {name: _with_base_answers(study, name, pairs[name]) for name in pairs}
     if adapter is not None:
-        model = PeftModel.from_pretrained(model, adapter)
+        model = load_adapter(model, adapter)
     scores = evaluate(model.eval(), tokenizer, pairs, statements)
     write_json(path, scores)
     del model
