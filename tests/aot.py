@@ -1,114 +1,137 @@
-"""Compile every configuration of every Triton kernel for every architecture, without a GPU.
+"""Kernels compiled without a GPU: by Triton for any architecture, by nvcc where it is.
 
-python -m tests.aot [ARCH ...]        prints one JSON object for each
+A job says what is compiled and nothing of the machine. Triton keeps what it compiles in its own
+cache; what nvcc makes is kept by content under `GRASP_COMPILED`, build/compiled unless given.
 
 Each release of Triton has its own assembler. Another one than is installed:
-pip install --no-deps --target FOLDER triton==3.6.0; PYTHONPATH=FOLDER python -m tests.aot
+pip install --no-deps --target FOLDER triton==3.6.0, then PYTHONPATH=FOLDER.
 """
 
-import json
+import hashlib
+import os
+import re
+import shutil
 import subprocess
-import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
-from itertools import product
-from multiprocessing import get_context
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from .issue_model import Instruction, cuobjdump, disassembled
+from .static_model import Resources
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
-TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-
-
-SIGNATURES = {
-    "places": "*i64",
-    "table": "*i64",
-    "strips": "*i32",
-    "energies": "*fp32",  # without them the kernel does less
-    "count": "i32",
-    "room": "i32",
-    "scratch": "*fp32",  # of wide bases alone
-}
-RANKS = (16, 32, 64)
-WIDE = 65  # directions, more than stay in registers
+ROOT = Path(__file__).parent.parent
+CSRC = ROOT / "csrc"
 
 
-def configurations() -> list[tuple[str, dict]]:
-    """All that each kernel's `tiling` chooses, by the op's name."""
-    from grasp_kernels import orthonormalize_triton, project_triton
+@dataclass(frozen=True)
+class TritonJob:
+    """A kernel with the types of what it takes and all that its launcher chooses."""
 
-    sides = list(product((False, True), (16, 64)))
-    found = [
-        ("project", {**project_triton.tiling(code, left, k, widest), "wide": k == WIDE})
-        for code, (left, widest), k in product(range(4), sides, (*RANKS, WIDE))
-    ]
-    found += [
-        ("orthonormalize", {"CODE": code, **orthonormalize_triton.tiling(KP)})
-        for code, KP in product(range(3), RANKS)
-    ]
-    return [job for i, job in enumerate(found) if job not in found[:i]]
+    module: str
+    kernel: str
+    takes: dict[str, str]
+    """Type of each argument of run time; pointers are multiples of 16."""
+    chosen: dict
+    """Constants, and options such as `num_warps`. What is named in neither is None."""
 
+    def run(self, arch: int) -> "Compiled":
+        import triton
+        from triton.backends.compiler import GPUTarget
+        from triton.compiler import ASTSource
 
-def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
-    from grasp_kernels import orthonormalize_triton, project_triton
-
-    arch, (op, options) = job
-    module = {"project": project_triton, "orthonormalize": orthonormalize_triton}[op]
-    kernel = getattr(module, f"{op}_kernel")
-    constants = {"COLUMNS": module.COLUMNS, "ALIGNED": True, **options}
-    given = {k: v for k, v in SIGNATURES.items() if k != "scratch" or options.get("wide")}
-    constants |= {"scratch": None}
-    names = kernel.arg_names
-    pointers = [i for i, n in enumerate(names) if given.get(n, "").startswith("*")]
-    source = ASTSource(
-        fn=kernel,
-        signature={n: given.get(n, "constexpr") for n in names},
-        constexprs={n: constants[n] for n in names if n not in given},
-        attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
-    )
-    kernel = triton.compile(
-        source,
-        target=GPUTarget("cuda", arch, 32),
-        options={k: v for k, v in options.items() if k in ("num_warps", "maxnreg")},
-    )
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(kernel.asm["cubin"])
-        file.flush()
-        usage = subprocess.run(
-            [TOOLS / "cuobjdump", "--dump-resource-usage", file.name],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-    fields = dict(
-        field.split(":") for field in usage.split("Function", 1)[1].split() if ":" in field[:-1]
-    )
-    ptx = kernel.asm["ptx"]
-    return {
-        "arch": arch,
-        "op": op,
-        "options": options,
-        "registers": int(fields["REG"]),
-        "spilled": int(fields["LOCAL"]) + int(fields["STACK"]),
-        "shared": kernel.metadata.shared,
-        "matrix_instructions": ptx.count("mma.sync")
-        + ptx.count("wgmma")
-        + ptx.count("tcgen05.mma"),
-        "wide_loads": ptx.count("ld.global.v4"),
-        "wide_stores": ptx.count("st.global.v4"),
-    }
+        kernel = getattr(import_module(self.module), self.kernel)
+        names = kernel.arg_names
+        constants = {n: self.chosen.get(n) for n in names if n not in self.takes}
+        pointers = [i for i, n in enumerate(names) if self.takes.get(n, "").startswith("*")]
+        source = ASTSource(
+            fn=kernel,
+            signature={n: self.takes.get(n, "constexpr") for n in names},
+            constexprs=constants,
+            attrs={(i,): [["tt.divisibility", 16]] for i in pointers},
+        )
+        options = {n: v for n, v in self.chosen.items() if n not in names}
+        done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+        has, threads = done.metadata.shared, 32 * done.metadata.num_warps
+        return Compiled(done.asm["cubin"], done.metadata.name, has, threads, done.asm["ptx"])
 
 
-def main() -> None:
-    arches = [int(a) for a in sys.argv[1:]] or ARCHITECTURES
-    jobs = list(product(arches, configurations()))
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        for result in pool.map(compiled, jobs, chunksize=4):
-            print(json.dumps(result), flush=True)
+@dataclass(frozen=True)
+class CudaJob:
+    """An instantiation of a kernel in `csrc`."""
+
+    source: str
+    kernel: str
+    """A part of the mangled name that no other has."""
+    shared: int  # bytes a block asks for when it is launched
+    threads: int
+
+    def run(self, arch: int) -> "Compiled":
+        return Compiled(
+            nvcc(self.source, arch).read_bytes(), self.kernel, self.shared, self.threads
+        )
 
 
-if __name__ == "__main__":
-    main()
+@dataclass(frozen=True)
+class Compiled:
+    cubin: bytes = field(repr=False)
+    kernel: str  # a part of its name
+    shared: int  # bytes a block
+    threads: int  # a block
+    ptx: str = field(default="", repr=False)
+
+    @cached_property
+    def used(self) -> Resources:
+        found = self._of_the_kernel(resources)
+        return replace(found, shared=self.shared, threads=self.threads)
+
+    @cached_property
+    def code(self) -> list[Instruction]:
+        return self._of_the_kernel(disassembled)
+
+    def _of_the_kernel(self, read: Callable[[Path], dict]):
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            found = read(Path(file.name))
+        (name,) = (n for n in found if self.kernel in n)
+        return found[name]
+
+
+def resources(cubin: Path) -> dict[str, Resources]:
+    """Of each kernel, as the assembler has written them into the file."""
+    said = subprocess.run(
+        [cuobjdump(), "--dump-resource-usage", cubin], capture_output=True, text=True, check=True
+    ).stdout
+    found = {}
+    for name, line in re.findall(r"Function (\S+):\n\s*(.*)", said):
+        has = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", line)}
+        found[name] = Resources(has["REG"], has["SHARED"], has["LOCAL"] + has["STACK"], 0)
+    return found
+
+
+def nvcc(source: str, arch: int) -> Path:
+    """The cubin of one file of `csrc`, compiled if no earlier call has."""
+    tool = shutil.which("nvcc")
+    if tool is None:
+        raise FileNotFoundError("no nvcc: install the CUDA toolkit, or leave CUDA's kernels out")
+    target = "90a" if arch == 90 else str(arch)
+    flags = ["-std=c++17", "-O3", f"-gencode=arch=compute_{target},code=sm_{target}", "-cubin"]
+    version = subprocess.run([tool, "--version"], capture_output=True, check=True).stdout
+    read = [p.read_bytes() for p in sorted(CSRC.glob("*.cuh")) + sorted(CSRC.glob("*.h"))]
+    read += [(CSRC / source).read_bytes(), " ".join(flags).encode(), version]
+    content = hashlib.sha256(b"\0".join(read)).hexdigest()[:24]
+    folder = Path(os.environ.get("GRASP_COMPILED", ROOT / "build" / "compiled"))
+    out = folder / f"{Path(source).stem}-{target}-{content}.cubin"
+    if not out.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as apart:
+            made = Path(apart) / out.name
+            command = [tool, *flags, CSRC / source, "-o", made]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                raise RuntimeError(f"nvcc can't compile {source} for {target}: {done.stderr}")
+            made.replace(out)
+    return out

@@ -1,7 +1,6 @@
 """The CUDA kernels' own code on a CPU: built with the C++ compiler, called through ctypes."""
 
 import ctypes as c
-import importlib.util
 import shutil
 import subprocess
 from functools import cache
@@ -11,14 +10,8 @@ import torch
 from torch import Tensor
 
 CSRC = Path(__file__).parent.parent / "csrc"
-TRITON = importlib.util.find_spec("triton")  # its wheel carries the CUDA tools
 COMPILER = shutil.which("c++") or shutil.which("g++")
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-
-
-def cuobjdump() -> Path | str | None:
-    carried = TRITON and Path(TRITON.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return shutil.which("cuobjdump") or carried
 
 
 class Job(c.Structure):
