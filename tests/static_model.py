@@ -150,10 +150,12 @@ class Work:
     l2: float  # bytes asked of the L2 cache, reads and writes
     items: Sequence[Item]
     programs: int  # or clusters, in the grid
-    loop: Named  # that an item goes round once
+    loop: Named
+    """That an item goes round once; without marks, all of the kernel."""
     in_turn: bool = True
-    """Programs take every so-many-th item; else each has one, and `loop` is all of the kernel."""
+    """Programs take every so-many-th item; else whoever is free takes the next."""
     blocks: int = 1  # of a cluster
+    warps: int = 0  # of a block, that go round `loop`; 0 for all
 
 
 @dataclass(frozen=True)
@@ -219,7 +221,7 @@ def longest(each: Sequence[float], programs: int, places: int, in_turn: bool) ->
     """Cycles until the last item is done: in turn, or each in whichever place is free first."""
     if in_turn:
         return ceil(programs / places) * max(sum(each[i::programs]) for i in range(programs))
-    free = [0.0] * places
+    free = [0.0] * min(programs, places)
     for cycles in each:
         heapq.heapreplace(free, free[0] + cycles)
     return max(free)
@@ -232,13 +234,14 @@ def predicted(code: Sequence[Instruction], used: Resources, work: Work, chip: Ch
     fit = slots(used, chip)
     together = min(fit, ceil(work.programs * work.blocks / chip.multiprocessors))
     whole = nest(code)
-    at = placed(work.loop, whole.inner if work.in_turn else [whole])
+    at = placed(work.loop, whole.inner if work.loop.marks else [whole])
+    warps = together * (work.warps or used.threads / 32)
     timed = Timed(chip, Latency(chip.memory_latency, far))
     bounds: dict[tuple, dict[str, float]] = {}
     for item in work.items:
         if (key := tuple(item.items())) not in bounds:
             each = timed.shared(at, item)
-            bounds[key] = {u: together * used.threads / 128 * c for u, c in each.items()}
+            bounds[key] = {unit: warps / 4 * cycles for unit, cycles in each.items()}
             bounds[key]["latency"] = timed.alone(at, item)
     items = [bounds[tuple(item.items())] for item in work.items]
     slowest = max(items, key=lambda item: max(item.values()))
@@ -259,7 +262,7 @@ def predicted(code: Sequence[Instruction], used: Resources, work: Work, chip: Ch
         **widths(tiles),
         "barriers_a_tile": barriers(tiles),
         "barriers_a_strip": barriers(at.loop.own),
-        "bytes_in_flight": round(in_flight * together * used.threads / 32),
+        "bytes_in_flight": round(in_flight * warps),
         "l2_per_byte": round(work.l2 / work.tensor, 2),
         "memory_per_byte": round(memory / work.tensor, 2),
         "cycles_a_tile": {p.named.name: round(timed.once(p)) for p in inside},
