@@ -204,6 +204,8 @@ def units(code: Iterable[Instruction], mma: float, fp64: float) -> Counter:
         elif m := re.match(r"HGMMA\.64x(\d+)x(\d+)", o):  # all four schedulers together
             rate = 1024 if "TF32" in o else 2048  # products a cycle
             used["mma"] += 64 * int(m[1]) * int(m[2]) / rate
+        elif m := re.match(r"DMMA\.(\d+)x(\d+)x(\d+)", o):  # at twice the rate of DFMA, 32 products
+            used["fp64"] += int(m[1]) * int(m[2]) * int(m[3]) * fp64 / 64
         elif o.startswith(("DFMA", "DADD", "DMUL", "DSETP")):
             used["fp64"] += fp64
         elif o.startswith(("LDSM", "STSM")):

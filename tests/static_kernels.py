@@ -139,7 +139,7 @@ def main() -> None:
         if given.resources:
             tasks = [(arch, job) for arch in given.arch or ARCHITECTURES for job in jobs()]
             for result in pool.map(resource_row, tasks, chunksize=4):
-                print(json.dumps(result), flush=True)
+                print(json.dumps(result, default=str), flush=True)  # of Triton's own types
             return
         wanted = [
             (arch, family, case)

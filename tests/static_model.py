@@ -1,6 +1,6 @@
 """How long a launch should take, from its code and from what it must move. Predicted, not measured.
 
-    t = max(memory, L2, loops)                                                    seconds
+    t = max(memory, L2, loops) + fill                                              seconds
     memory = (once + again (1 − hit)) / copy bandwidth;  hit = min(1, L2 size / resident)
     L2     = bytes asked of it / its bandwidth
     loops  = cycles of the longest chain of items / clock
@@ -110,7 +110,7 @@ class Placed:
 
     def times(self, item: Mapping[str, float]) -> float:
         """How often its code, unrolled or not, goes round in one round of what is around it."""
-        times = item[self.named.name]
+        times = item.get(self.named.name, 1)
         if self.named.per:
             times /= sum(i.op.startswith(self.named.per) for i in self.loop.code)
         return times
@@ -156,6 +156,8 @@ class Work:
     """Programs take every so-many-th item; else whoever is free takes the next."""
     blocks: int = 1  # of a cluster
     warps: int = 0  # of a block, that go round `loop`; 0 for all
+    fill: float = 0  # seconds at both ends of a launch in which its stages do not overlap yet
+    bulk: float = 0  # bytes of bulk copies on their way to a block, which the code does not show
 
 
 @dataclass(frozen=True)
@@ -254,22 +256,23 @@ def predicted(code: Sequence[Instruction], used: Resources, work: Work, chip: Ch
         max(slowest, key=slowest.get): chain / chip.clock,
     }
     limit = max(seconds, key=seconds.get)
-    inside = at.within
+    total = seconds[limit] + work.fill
+    inside = at.within or [at]
     tiles = [i for p in inside for i in p.loop.own]
-    in_flight = max(timed.in_flight(p, work.items[0]) for p in inside if not p.inner)
+    asked = warps * max(timed.in_flight(p, work.items[0]) for p in inside if not p.inner)
     return {
         "programs_at_once": together,
         **widths(tiles),
         "barriers_a_tile": barriers(tiles),
         "barriers_a_strip": barriers(at.loop.own),
-        "bytes_in_flight": round(in_flight * warps),
+        "bytes_in_flight": round(max(asked, together * work.bulk)),
         "l2_per_byte": round(work.l2 / work.tensor, 2),
         "memory_per_byte": round(memory / work.tensor, 2),
         "cycles_a_tile": {p.named.name: round(timed.once(p)) for p in inside},
         "cycles_a_strip": {unit: round(cycles) for unit, cycles in slowest.items()},
         "floor_us": float(f"{work.once / chip.copy * 1e6:.3g}"),
         "us": {unit: float(f"{t * 1e6:.3g}") for unit, t in seconds.items()},
-        "predicted_us": float(f"{seconds[limit] * 1e6:.3g}"),
-        "predicted_share_of_copy": float(f"{2 * work.tensor / chip.copy / seconds[limit]:.3g}"),
+        "predicted_us": float(f"{total * 1e6:.3g}"),
+        "predicted_share_of_copy": float(f"{2 * work.tensor / chip.copy / total:.3g}"),
         "limit": limit,
     }

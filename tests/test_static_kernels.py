@@ -102,11 +102,12 @@ def test_units_are_held_by_what_goes_through_them():
             ("HMMA.16816.F32 R4, R4, R6, R8",),
             ("HGMMA.64x32x8.F32.TF32 R0, R4, gdesc[UR4]",),
             ("DFMA R0, R2, R4, R0",),
+            ("DMMA.8x8x4 R0, R2, R4, R0",),
         ),
         mma=6,
         fp64=2,
     )
-    assert used == {"issue": 5, "shared": 32, "mma": 6 + 16, "fp64": 2}
+    assert used == {"issue": 6, "shared": 32, "mma": 6 + 16, "fp64": 2 + 8}
 
 
 MADE_UP = (  # a strip: 4 + 1 cycles, and a walk of 280 + 4 + 1 for each tile
@@ -136,6 +137,8 @@ def test_the_slowest_of_memory_cache_and_loops():
     assert found["predicted_us"] == pytest.approx(2 * strip / 1755, rel=0.01)  # two a program
     far = predicted(code(*MADE_UP), SMALL, work(once=3e9), chip)
     assert far["limit"] == "memory" and far["predicted_us"] == pytest.approx(1000, rel=0.01)
+    filled = predicted(code(*MADE_UP), SMALL, work(once=3e9, fill=1e-4), chip)
+    assert filled["predicted_us"] == pytest.approx(1100, rel=0.01)
     cached = predicted(code(*MADE_UP), SMALL, work(l2=5.5e9), chip)
     assert cached["limit"] == "L2" and cached["predicted_us"] == pytest.approx(1000, rel=0.01)
 
