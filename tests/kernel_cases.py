@@ -14,7 +14,7 @@ from .static_model import Chip, Named, Work
 
 SIZES = {"fp32": 4, "bf16": 2}
 MMA = "HMMA|HGMMA|UTCHMMA"  # a tensor core's product, whatever its form
-CODES = {"fp32": 0, "bf16": 1, "fp16": 2, "mixed": 3}
+CODES = {"fp32": 0, "bf16": 1, "mixed": 3}
 
 
 @dataclass(frozen=True)
@@ -249,16 +249,17 @@ WIDE = 65  # directions, more than stay in registers
 
 
 def jobs() -> list[TritonJob]:
-    """Every configuration that Triton's launchers can choose, each once."""
+    """Every configuration that Triton's launchers can choose, each once; fp16's are as bf16's."""
     from grasp_kernels import orthonormalize_triton, project_triton
 
+    codes = [CODES[name] for name in ("fp32", "bf16", "mixed")]
     sides = product((False, True), (16, 64))
     found = [
         project_job(project_triton.tiling(code, left, k, widest), k == WIDE, measured=True)
-        for code, (left, widest), k in product(range(4), sides, (*RANKS, WIDE))
+        for code, (left, widest), k in product(codes, sides, (*RANKS, WIDE))
     ]
     found += [
         orthonormalize_job({"CODE": code, **orthonormalize_triton.tiling(KP)})
-        for code, KP in product(range(3), RANKS)
+        for code, KP in product(codes[:2], RANKS)
     ]
     return [job for i, job in enumerate(found) if job not in found[:i]]

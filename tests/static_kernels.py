@@ -26,7 +26,6 @@ from .issue_model import Latency, Loop, nest, played, widths
 from .kernel_cases import FAMILIES, Case, jobs
 from .static_model import CHIPS, RESOURCES_ONLY, predicted
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
 COLUMNS = {  # of the table: heading, and what is in it
     "chip": lambda r: r["chip"],
     "kernel": lambda r: r["kernel"],
@@ -126,7 +125,7 @@ def versions() -> dict[str, str]:
 
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    options.add_argument("--arch", type=int, action="append", choices=ARCHITECTURES)
+    options.add_argument("--arch", type=int, action="append", choices=CHIPS)
     options.add_argument("--only", default="", help="a part of a kernel's or a case's name")
     options.add_argument("--out", help="a JSON file")
     options.add_argument("--table", action="store_true")
@@ -137,7 +136,7 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here, not interpreted
     with ProcessPoolExecutor(given.processes, get_context("spawn")) as pool:
         if given.resources:
-            tasks = [(arch, job) for arch in given.arch or ARCHITECTURES for job in jobs()]
+            tasks = [(arch, job) for arch in given.arch or CHIPS for job in jobs()]
             for result in pool.map(resource_row, tasks, chunksize=4):
                 print(json.dumps(result, default=str), flush=True)  # of Triton's own types
             return

@@ -70,7 +70,6 @@ CHIPS = {
     120: Chip("RTX 5090", 170, 2.4e9, 1.55e12, 6e12, 96e6, 100 << 10, 99 << 10, 8, 64, 48, 24),
 }
 RESOURCES_ONLY = (120,)  # nothing is predicted of it
-SHARED = {89: 99 << 10, **{arch: chip.shared_block for arch, chip in CHIPS.items()}}
 REGISTERS = 65536  # a multiprocessor
 RESERVED = 1024  # bytes of shared memory that each block costs beside its own
 
