@@ -7,10 +7,12 @@ pip install --no-deps --target FOLDER triton==3.6.0; PYTHONPATH=FOLDER python -m
 """
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
+from importlib import import_module
 from itertools import product
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +21,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-ARCHITECTURES = (80, 89, 90, 100, 120)
+ARCHITECTURES = (80, 90, 100, 120)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -27,40 +29,46 @@ SIGNATURES = {
     "places": "*i64",
     "table": "*i64",
     "strips": "*i32",
+    "rows": "*i64",
+    "pinned": "*i64",
+    "groups": "*i64",
+    "pieces": "*i32",
+    "scratch": "*fp32",
+    "counters": "*i32",
     "energies": "*fp32",  # without them the kernel does less
     "count": "i32",
-    "room": "i32",
-    "scratch": "*fp32",  # of wide bases alone
 }
 RANKS = (16, 32, 64)
-WIDE = 65  # directions, more than stay in registers
+WIDE = 65  # directions, more than one block of columns
 
 
 def configurations() -> list[tuple[str, dict]]:
-    """All that each kernel's `tiling` chooses, by the op's name."""
-    from grasp_kernels import orthonormalize_triton, project_triton
+    """All that each kernel's `tiling` chooses, by its stem."""
+    from grasp_kernels import factors_layout, orthonormalize_triton, strips_triton
 
-    sides = list(product((False, True), (16, 64)))
+    codes, sides = (0, 1), (False, True)  # fp16 is compiled as bf16 is
+    whole = {"UNIT": 16, "VECTOR": True}
     found = [
-        ("project", {**project_triton.tiling(code, left, k, widest), "wide": k == WIDE})
-        for code, (left, widest), k in product(range(4), sides, (*RANKS, WIDE))
+        ("strips", {**strips_triton.tiling(*chosen), **whole})
+        for chosen in product(codes, sides, RANKS)
+    ]
+    found += [
+        ("factors", {**factors_layout.tiling(*chosen), **whole})
+        for chosen in product(codes, sides, (*RANKS, WIDE), (16, 32))
     ]
     found += [
         ("orthonormalize", {"CODE": code, **orthonormalize_triton.tiling(KP)})
-        for code, KP in product(range(3), RANKS)
+        for code, KP in product(codes, RANKS)
     ]
-    return [job for i, job in enumerate(found) if job not in found[:i]]
+    return found
 
 
 def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
-    from grasp_kernels import orthonormalize_triton, project_triton
-
     arch, (op, options) = job
-    module = {"project": project_triton, "orthonormalize": orthonormalize_triton}[op]
+    module = import_module(f"grasp_kernels.{op}_triton")
     kernel = getattr(module, f"{op}_kernel")
-    constants = {"COLUMNS": module.COLUMNS, "ALIGNED": True, **options}
-    given = {k: v for k, v in SIGNATURES.items() if k != "scratch" or options.get("wide")}
-    constants |= {"scratch": None}
+    constants = {"COLUMNS": getattr(module, "COLUMNS", None), **options}
+    given = SIGNATURES
     names = kernel.arg_names
     pointers = [i for i, n in enumerate(names) if given.get(n, "").startswith("*")]
     source = ASTSource(
@@ -97,8 +105,7 @@ def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
         "matrix_instructions": ptx.count("mma.sync")
         + ptx.count("wgmma")
         + ptx.count("tcgen05.mma"),
-        "wide_loads": ptx.count("ld.global.v4"),
-        "wide_stores": ptx.count("st.global.v4"),
+        "narrow_copies": len(re.findall(r"cp\.async\.c[ag]\.[^;]*?, 0x4,", ptx)),
     }
 
 
