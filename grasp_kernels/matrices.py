@@ -66,6 +66,7 @@ class Row(NamedTuple):
     C_k: int
     code: int  # in CODES
     left: int
+    vector: int  # whether the basis can be read in vectors of 16 bytes
 
 
 def row(T: Tensor, out: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Row:
@@ -88,7 +89,36 @@ def row(T: Tensor, out: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> 
         C_k,
         CODES[T.dtype],
         left,
+        _in_vectors(basis),
     )
+
+
+def _in_fp32(basis: Tensor, packed: bool) -> Tensor:
+    basis = basis.float()
+    return basis.contiguous() if packed or max(basis.stride()) >= FAR else basis
+
+
+def _in_vectors(basis: Tensor) -> bool:
+    """Whether rows are contiguous, 16-byte aligned, and memory goes on to a multiple of 4 columns.
+
+    What lies beyond the last column is read and thrown away.
+    """
+    (d, k), (step, unit_step) = basis.shape, basis.stride()
+    end = basis.storage_offset() + (d - 1) * step + -(-k // 4) * 4
+    return (
+        unit_step == 1
+        and step % 4 == 0
+        and basis.data_ptr() % 16 == 0
+        and end * 4 <= basis.untyped_storage().nbytes()
+    )
+
+
+def unit(row: Row) -> int:
+    """Elements that all lengths are multiples of, so that whole vectors lie inside or outside."""
+    lengths = (row.d, row.step, row.out_step, *((row.n,) if row.left else ()))
+    least = 4 if row.code == CODES[torch.float32] else 8  # of 16 bytes
+    fits = (u for u in (16, 8, 4) if u >= least and all(v % u == 0 for v in lengths))
+    return next(fits, 1)
 
 
 @dataclass
@@ -117,10 +147,16 @@ def listed(
 ) -> dict[torch.device, Listed]:
     """A list as rows by device; `packed` where a kernel wants bases and C without gaps."""
     found: dict[torch.device, Listed] = {}
+    same: dict[int, Tensor] = {}  # a basis that several share stays one
     for i, T in enumerate(Ts):
-        U, C = bases[i].float(), Cs[i].float() if Cs else None
-        if packed:
-            U, C = U.contiguous(), None if C is None else C.contiguous()
+        if bases[i].shape[1] == 0:  # nothing to take off
+            staged += [] if outs[i] is T else [(T, outs[i])]
+            continue
+        if (U := same.get(id(bases[i]))) is None:
+            U = same[id(bases[i])] = _in_fp32(bases[i], packed)
+        C = Cs[i].float() if Cs else None
+        if packed and C is not None:
+            C = C.contiguous()
         on = found.setdefault(T.device, Listed())
         for matrix, out, part in matrices(T, outs[i], C, left, staged):
             on.rows.append(row(matrix, out, U, part, left))

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .matrices import CODES
-from .project_triton import on_device, rounded, to_device
+from .tables import Table, on_device
+from .triton_tools import rounded
 
 COLUMNS = 8  # of a row of the table
 LARGEST_K = 64
@@ -133,7 +134,7 @@ def orthonormalize_triton(Ws: list[Tensor], ranks: list[Tensor], rtols: list[flo
             )
             for i, column in zip(members, scratch, strict=True)
         ]
-        table = to_device(torch.tensor(rows, dtype=torch.int64), device)
+        table = Table(rows, torch.int64, device).here()
         KP = max(16, triton.next_power_of_2(max(Ws[i].shape[1] for i in members)))
         with on_device(device):
             orthonormalize_kernel[(len(rows),)](table, COLUMNS, CODES[dtype], **tiling(KP))

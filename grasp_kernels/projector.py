@@ -22,6 +22,7 @@ from .project import (
     chosen_backends,
     project_plainly,
 )
+from .tables import capturing
 
 KEPT = 16  # sets of addresses, between which an allocator goes round
 
@@ -105,6 +106,11 @@ class Projector:
 
     def _lay_out(self, Ts: list[Tensor], layout: "_Layout") -> None:
         """For tensors of this layout, on the backends that are asked for."""
+        if capturing():
+            raise RuntimeError(
+                "a Projector can't be laid out while a CUDA graph is captured; make it before, and "
+                "call it once with tensors of this layout"
+            )
         if self.measure:
             self._gather()
         self._layout, self._asked_for = layout, dispatch.asked_for()
@@ -117,7 +123,7 @@ class Projector:
                 self._plain += chosen
                 continue
             # What has to be copied before a kernel can take it is left to PyTorch.
-            awkward = [i for i in chosen if _staged(Ts[i], self.left)]
+            awkward = [i for i in chosen if not self.bases[i].shape[1] or _staged(Ts[i], self.left)]
             self._plain += awkward
             self._lay_out_on(name, Ts, [i for i in chosen if i not in awkward])
         for device in {Ts[i].device for i in self._plain}:
@@ -152,6 +158,8 @@ class Projector:
             laid.launch.places(tuple(pointers[i] + at for i, at in laid.members for _ in range(2)))
             for laid in self._laid
         ]
+        if capturing():  # the tables are filled by the graph's replays alone
+            return places
         self._places[pointers] = places
         if len(self._places) > KEPT:
             self._places.popitem(last=False)

@@ -6,12 +6,13 @@ python -m tests.static_kernels --arch 90 --only project     some of it
 python -m tests.static_kernels --only NAME --loops          the loops, for who adds a kernel
 python -m tests.static_kernels --resources                  every configuration that can be launched
 
-`kernel_cases.py` has the kernels, `static_model.py` the formulas and what is assumed of each GPU.
+`kernel_cases/` has the kernels, `static_model.py` the formulas and what is assumed of each GPU.
 """
 
 import argparse
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,8 @@ from multiprocessing import get_context
 from grasp.files import write_json
 
 from .issue_model import Latency, Loop, nest, played, widths
-from .kernel_cases import FAMILIES, Case, jobs
+from .kernel_cases import FAMILIES
+from .kernel_cases.shapes import Case
 from .static_model import CHIPS, RESOURCES_ONLY, predicted
 
 COLUMNS = {  # of the table: heading, and what is in it
@@ -100,8 +102,7 @@ def resource_row(task: tuple[int, object]) -> dict:
         "takes": list(job.takes),
         **asdict(compiled.used),
         "matrix_instructions": sum(map(compiled.ptx.count, ("mma.sync", "wgmma", "tcgen05.mma"))),
-        "wide_loads": compiled.ptx.count("ld.global.v4"),
-        "wide_stores": compiled.ptx.count("st.global.v4"),
+        "narrow_copies": len(re.findall(r"cp\.async\.c[ag]\.[^;]*?, 0x4,", compiled.ptx)),
     }
 
 
@@ -136,15 +137,16 @@ def main() -> None:
     os.environ.pop("TRITON_INTERPRET", None)  # kernels are compiled here, not interpreted
     with ProcessPoolExecutor(given.processes, get_context("spawn")) as pool:
         if given.resources:
-            tasks = [(arch, job) for arch in given.arch or CHIPS for job in jobs()]
+            jobs = [job for module in FAMILIES.values() for job in module.jobs()]
+            tasks = [(arch, job) for arch in given.arch or CHIPS for job in jobs]
             for result in pool.map(resource_row, tasks, chunksize=4):
                 print(json.dumps(result, default=str), flush=True)  # of Triton's own types
             return
         wanted = [
             (arch, family, case)
             for arch in given.arch or CHIPS
-            for family, cases in FAMILIES.items()
-            for case in cases(CHIPS[arch])
+            for family, module in FAMILIES.items()
+            for case in module.cases(CHIPS[arch])
             if given.only in f"{family} {case.name}"
         ]
         if given.loops:

@@ -1,8 +1,9 @@
 """Projection in Triton, right under the interpreter where there is no GPU."""
 
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import grasp_kernels as gk
@@ -12,6 +13,29 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIDES = ("right", "left")
+
+
+@pytest.fixture(autouse=True)
+def as_hardware_multiplies(monkeypatch):
+    """The interpreter multiplies fp32; a matrix instruction drops 13 bits of each number."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    def tf32(x):
+        return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
+
+    def dot(self, a, b, d, precision, most):
+        return interpreter.TensorHandle(tf32(a.data) @ tf32(b.data) + d.data, d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", dot)
+
+
+@pytest.fixture(params=["cut along d", "in strips"])
+def way(request, monkeypatch):
+    """Each of the two kernels, for matrices of any shape."""
+    if request.param == "in strips":
+        monkeypatch.setattr("grasp_kernels.project_triton.FEW", 0)
 
 
 @st.composite
@@ -42,9 +66,9 @@ def lists(draw):
     return Ts, bases, Cs if with_C else None, side
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lists())
-def test_error_is_at_most_twice_pytorchs(case):
+def test_error_is_at_most_twice_pytorchs(way, case):
     Ts, bases, Cs, side = case
     given_ = [T.clone() for T in Ts]
     each = Cs or [None] * len(Ts)
@@ -70,11 +94,32 @@ def test_writes_nothing_outside_the_matrix():
 
 @pytest.mark.parametrize("side", SIDES)
 @pytest.mark.parametrize("k", [1, 16, 33, 64])
-def test_rank(side, k):
+def test_rank(way, side, k):
     T, U = torch.randn(130, 130, device=DEVICE), orthonormal(130, k).to(DEVICE)
     exact, theirs = project_fp64(T, U, None, side), project_torch(T, U, None, side)
     with gk.backend("triton"):
         assert_no_worse(gk.project(T, U, side=side), theirs, exact, T)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("share", [0.5, 0.97, 1.0])
+def test_most_of_it_in_the_basis(way, side, dtype, share):
+    """What is left is small, so that an error of c or of the basis shows."""
+    d, n, k = 640, 24, 8
+    U, free = orthonormal(d, k).double(), torch.randn(d, n, dtype=torch.float64)
+    inside, outside = U @ torch.randn(k, n, dtype=torch.float64), free - U @ (U.mT @ free)
+    inside, outside = inside / inside.norm(), outside / outside.norm()
+    T = 50 * (share**0.5 * inside + (1 - share) ** 0.5 * outside)
+    T = (T if side == "left" else T.mT.contiguous()).to(dtype).to(DEVICE)
+    basis = U.float().to(DEVICE)
+    exact, theirs = project_fp64(T, basis, None, side), project_torch(T, basis, None, side)
+    with gk.backend("triton"):
+        ours = gk.project(T, basis, side=side)
+    assert_no_worse(ours, theirs, exact, T)
+    if dtype == torch.float32 and share < 1:
+        left = basis.double().mT @ (ours if side == "left" else ours.mT).double()
+        assert left.norm() / ours.double().norm() <= 1e-6
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -127,24 +172,112 @@ def test_rows_far_apart(side, monkeypatch):
 
 @pytest.mark.parametrize("k", [4, 90])
 def test_one_launch_for_a_list_and_tables_are_kept(monkeypatch, k):
-    from grasp_kernels import project_triton
+    from grasp_kernels import factors_triton
 
     launches, made = [], []
-    real = project_triton.Launch.run
-    monkeypatch.setattr(project_triton.Launch, "run", lambda *a: (launches.append(a[0]), real(*a)))
-    monkeypatch.setattr(
-        project_triton, "to_device", lambda host, device: made.append(host) or host.to(device)
-    )
-    rows = zip((3, 16, 90), DTYPES, strict=True)
-    Ts = [torch.randn(r, 100, device=DEVICE).to(dtype) for r, dtype in rows]
+    run, table = factors_triton.Launch.run, factors_triton.Table
+    monkeypatch.setattr(factors_triton.Launch, "run", lambda *a: (launches.append(a[0]), run(*a)))
+    monkeypatch.setattr(factors_triton, "Table", lambda *a: made.append(a) or table(*a))
+    Ts = [torch.randn(rows, 100, device=DEVICE) for rows in (3, 16, 9)]
     U = orthonormal(100, k).to(DEVICE)
     with gk.backend("triton"):
         gk.project_(Ts, U)
-        assert len(launches) == 1 and len(made) == 3
+        assert len(launches) == 1 and len(made) == 4
         gk.project_(Ts, U)
-        assert launches == [launches[0]] * 2 and len(made) == 3
+        assert launches == [launches[0]] * 2 and len(made) == 4
         gk.project_([T.clone() for T in Ts], U)  # elsewhere: where they lie is new, nothing else
-    assert launches == [launches[0]] * 3 and len(made) == 4
+    assert launches == [launches[0]] * 3 and len(made) == 5
+
+
+def test_what_shares_a_basis_reads_it_once():
+    """Stacked: the blocks of columns and parts of d are drawn once for all rows of a basis."""
+    from grasp_kernels.factors_layout import Layout, by_tiling
+    from grasp_kernels.matrices import row
+
+    one, other = (orthonormal(200, 100, seed=i).to(DEVICE) for i in range(2))
+    Ts = [torch.randn(n, 200, device=DEVICE) for n in (9, 3, 8, 4)]
+    rows = [row(T, T, one if i < 3 else other, None, False) for i, T in enumerate(Ts)]
+    ((options, these),) = by_tiling(rows[:3])
+    assert these == [0, 1, 2]
+    laid = Layout(rows[:3], options, lead=0)
+    assert [(g.n, g.first) for g in laid.groups] == [(20, 0)]
+    assert sum(block >= 0 for _, block, _ in laid.pieces) == 2  # 64 columns each
+    laid = Layout(rows, options, lead=0)
+    assert [(g.n, g.first, g.basis) for g in laid.groups] == [
+        (20, 0, one.data_ptr()),
+        (4, 20, other.data_ptr()),
+    ]
+
+
+@given(st.data())
+def test_a_piece_waits_for_earlier_ones_alone(data):
+    """Else programs that hold later pieces could wait for ever for one that nobody holds."""
+    from grasp_kernels.factors_layout import Layout, by_tiling
+    from grasp_kernels.matrices import row
+
+    bases = [orthonormal(d, k).to(DEVICE) for d, k in ((1500, 7), (1500, 70), (130, 130))]
+    drawn = data.draw(st.lists(st.tuples(st.integers(0, 2), st.integers(1, 80)), min_size=1))
+    rows = []
+    for which, n in drawn:
+        T = torch.empty(n, bases[which].shape[0], device=DEVICE)
+        rows.append(row(T, T, bases[which], None, False))
+    for options, these in by_tiling(rows):
+        laid = Layout([rows[i] for i in these], options, data.draw(st.integers(0, 100)))
+        assert sorted(laid.owners) == [i for i, r in enumerate(these) for _ in range(rows[r].n)]
+        stretch = options["LENGTH"] if options["WHOLE"] else options["BD"]
+        for g, group in enumerate(laid.groups):
+            sums, parts = -(-group.k // options["KB"]), -(-group.d // group.length)
+            at = [i for i, (which, _, _) in enumerate(laid.pieces) if which == g]
+            of = [laid.pieces[i][1:] for i in at]
+            assert sorted(of[: sums * parts]) == [(b, p) for b in range(sums) for p in range(parts)]
+            assert of[sums * parts :] == [(-1, e) for e in range(-(-group.d // stretch))]
+
+
+def test_what_a_graph_records_is_not_kept_for_others(monkeypatch):
+    """While one is recorded nothing is copied: the tables are there after a replay alone."""
+    from grasp_kernels import factors_triton, project_triton
+
+    T, U = torch.randn(4, 40, device=DEVICE), orthonormal(40, 2).to(DEVICE)
+    made = []
+    table = factors_triton.Table
+    monkeypatch.setattr(factors_triton, "Table", lambda *a: made.append(a) or table(*a))
+    with gk.backend("triton"):
+        projector = gk.Projector([T], U)
+        for module in (factors_triton, project_triton):
+            monkeypatch.setattr(module, "capturing", lambda: True)
+        monkeypatch.setattr("grasp_kernels.projector.capturing", lambda: True)
+        for _ in range(2):
+            made.clear()
+            gk.project_([T], U)
+            assert len(made) == 4
+        elsewhere = T.clone()
+        for _ in range(2):
+            made.clear()
+            projector([elsewhere])
+            assert len(made) == 1
+        with pytest.raises(RuntimeError, match="call it once"):
+            projector([torch.randn(40, 4, device=DEVICE).mT])
+
+
+def test_a_basis_whose_rows_lie_far_apart(monkeypatch):
+    monkeypatch.setattr("grasp_kernels.matrices.FAR", 100)
+    T, U = torch.randn(20, 30, device=DEVICE), torch.zeros(30, 128, device=DEVICE)[:, :3]
+    U.copy_(orthonormal(30, 3))
+    exact = project_fp64(T, U, None, "right")
+    with gk.backend("triton"):
+        gk.project_(T, U)
+    torch.testing.assert_close(T.double(), exact, atol=1e-5, rtol=0)
+
+
+def test_nothing_to_take_off():
+    T, none = torch.full((3, 20), float("inf"), device=DEVICE), torch.empty(20, 0, device=DEVICE)
+    with gk.backend("triton"):
+        assert torch.equal(gk.project(T, none), T)
+
+
+def test_a_large_product_is_left_to_pytorch():
+    with gk.backend("triton"), pytest.raises(RuntimeError, match="k = 65 of 300 rows"):
+        gk.project(torch.randn(300, 80, device=DEVICE), orthonormal(80, 65).to(DEVICE))
 
 
 def test_is_deterministic():

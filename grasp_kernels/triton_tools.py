@@ -1,0 +1,48 @@
+"""What the Triton kernels share: roundings as the hardware needs them."""
+
+import triton
+import triton.language as tl
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """To the stored dtype, to nearest even: the interpreter's own cast to bf16 truncates."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits = (bits + ((bits >> 16) & 1) + 0x7FFF) >> 16
+        return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def nearest_tf32(x):
+    """To 10 bits of mantissa, to nearest: matrix instructions drop the other 13 unseen."""
+    bits = (x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000
+    return tl.where(x == x, bits.to(tl.float32, bitcast=True), x)  # a NaN could carry over
+
+
+@triton.jit
+def _halves(x):
+    """High and low part in tf32, each to nearest: together 22 bits. A NaN stays one in the low."""
+    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    low = (x - high).to(tl.uint32, bitcast=True)
+    return high, tl.where(x == x, low + 0x1000, low).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def product(a, b, acc, EXACT: tl.constexpr):
+    """acc + a b in tf32: as good as fp32 with `EXACT`, from three products of halves.
+
+    Without it `a` and `b` lose what tf32 doesn't hold: of a 16-bit number nothing.
+    """
+    if EXACT:
+        a_high, a_low = _halves(a)
+        b_high, b_low = _halves(b)
+        acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
+        acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
+        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
+    else:
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+    return acc
