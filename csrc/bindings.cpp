@@ -21,6 +21,14 @@
 
 using torch::stable::Tensor;
 
+// The CUDA that this was built with and the newest that the driver runs, 1000 for each major
+// version; 0 where there is no driver. `native.missing` asks before any operator runs.
+extern "C" __attribute__((visibility("default"))) void grasp_cuda_versions(int* built, int* driver) {
+  *built = CUDART_VERSION;
+  *driver = 0;
+  cudaDriverGetVersion(driver);
+}
+
 namespace grasp {
 
 static void check(cudaError_t error, const char* what) {
