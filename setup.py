@@ -15,12 +15,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip asks for it with isolation alone
+    raise SystemExit("setuptools >= 77 is needed: pip install --upgrade 'setuptools>=77'")
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ARCHITECTURES = ("80", "90a", "100", "120")
-CSRC = Path("csrc").absolute()
+CSRC = Path("csrc")  # from here, and not from /: what a compiler writes down names no machine
 
 
 def nvcc() -> str | None:
@@ -89,6 +94,7 @@ def ninja_file(objects: Path, library: Path) -> str:
     sources = [*sorted(CSRC.glob("*.cu")), CSRC / "bindings.cpp"]
     targets = [objects / f"{source.stem}.o" for source in sources]
     lines = [
+        f"builddir = {path(objects)}",
         "rule compile",
         f"  command = {command(nvcc())} -MD -MF $out.d {command(*flags)} -c $in -o $out",
         "  description = nvcc $in",
@@ -111,12 +117,12 @@ def path(file: Path) -> str:
     return re.sub(r"([$ :])", r"$\1", str(file))
 
 
-def run_ninja(folder: Path) -> int:
+def run_ninja(file: Path) -> int:
     jobs = os.environ.get("MAX_JOBS")
     if jobs and not re.fullmatch(r"[1-9]\d*", jobs):
         raise SystemExit(f"MAX_JOBS is {jobs!r}; give a number from 1 up")
     limit = ["-j", jobs] if jobs else []
-    running = subprocess.Popen([ninja(), "-C", str(folder), *limit])
+    running = subprocess.Popen([ninja(), "-f", str(file), *limit])
     try:
         return running.wait()
     except BaseException:
@@ -130,12 +136,13 @@ class Build(build_ext):
         return str(Path(*name.split("."))) + ".so"  # no Python module: one file for any Python
 
     def build_extension(self, extension: Extension) -> None:
-        library = Path(self.get_ext_fullpath(extension.name)).absolute()
-        objects = Path(self.build_temp).absolute()
+        library = Path(self.get_ext_fullpath(extension.name))
+        objects = Path(self.build_temp)
         for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
-        (objects / "build.ninja").write_text(ninja_file(objects, library))
-        if run_ninja(objects):
+        file = objects / "build.ninja"
+        file.write_text(ninja_file(objects, library))
+        if run_ninja(file):
             raise SystemExit("nvcc failed; GRASP_CUDA=0 installs without the CUDA library")
 
     def copy_file(self, infile, outfile, *args, **options):

@@ -46,6 +46,7 @@ WITHOUT = {  # what setup.py looks for, taken away
     "nvcc": "shutil.which = lambda name, **k: None if name == 'nvcc' else which(name, **k)",
     "ninja": "shutil.which = lambda name, **k: None if name == 'ninja' else which(name, **k)",
     "torch": "importlib.util.find_spec = lambda name: None",
+    "setuptools": "import setuptools; setuptools.__version__ = '65.5.0'",
 }
 
 
@@ -188,6 +189,12 @@ def test_what_is_lacking_is_said(tree, lacks, remedy):
     status, said = build(tree, without=lacks, GRASP_CUDA="auto", **env)
     assert status == 0 and f"the CUDA library is left out: {remedy}" in said
     assert not list(tree.rglob("*.so"))
+
+
+def test_a_setuptools_that_knows_less(tree):
+    status, said = build(tree, without="setuptools", GRASP_CUDA="0")
+    assert status != 0 and "pip install --upgrade 'setuptools>=77'" in said
+    assert "Traceback" not in said
 
 
 def test_wishes_that_are_none(tree):
