@@ -5,6 +5,8 @@ import warnings
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import grasp_kernels as gk
 from grasp_kernels import dispatch, native
@@ -107,6 +109,27 @@ def test_other_devices_run_the_reference(machine, device):
     assert dispatch.choose("project", *on(device)) == "reference"
     assert f"triton refused: needs CUDA tensors, got {device}" in gk.explain(*on(device))
     assert not asked
+
+
+class AppleSilicon(TorchDispatchMode):
+    """Refuses what the device can't hold, as it does."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and t.device.type == "mps" and t.dtype == torch.float64:
+                raise TypeError(f"{func}: MPS has no float64")
+        return out
+
+
+def test_nothing_is_fp64_on_mps(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: self)  # needs the device itself
+    with FakeTensorMode(), AppleSilicon():
+        W = torch.empty(32, 4, device="mps")
+        with pytest.raises(TypeError, match="MPS has no float64"):
+            W.double()
+        ranks = gk.orthonormalize_([W, W.bfloat16()])
+        assert {r.device.type for r in ranks} == {"mps"}
 
 
 def test_a_library_that_fails_is_heard_of_once(machine):
