@@ -1,24 +1,31 @@
 """Metadata is in pyproject.toml; here the CUDA library is built, where it can be.
 
-GRASP_CUDA=auto (default) builds it where nvcc and torch's headers are found, 1 fails without them,
-0 leaves it out; GRASP_CUDA_ARCHS=90a,100 builds for those alone. Nothing is downloaded and no GPU
-is asked for. torch must be importable, so install with `pip install --no-build-isolation .`, or
-run `python setup.py build_ext --inplace`.
+GRASP_CUDA=auto (default) builds it where nvcc, ninja and torch's headers are found, 1 fails without
+them, 0 leaves it out; GRASP_CUDA_ARCHS=90a,100 builds for those alone, MAX_JOBS limits how many
+compilers run at a time. Nothing is downloaded and no GPU is asked for. torch must be importable,
+so install with `pip install --no-build-isolation .`, or run `python setup.py build_ext --inplace`.
 """
 
 import importlib.util
 import os
+import re
+import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
+
+import setuptools
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # pip asks for it with isolation alone
+    raise SystemExit("setuptools >= 77 is needed: pip install --upgrade 'setuptools>=77'")
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-SOURCES = ("project", "project_list", "orthonormalize")  # and bindings.cpp
 ARCHITECTURES = ("80", "90a", "100", "120")
-CSRC = Path("csrc")
+CSRC = Path("csrc")  # from here, and not from /: what a compiler writes down names no machine
 
 
 def nvcc() -> str | None:
@@ -27,30 +34,101 @@ def nvcc() -> str | None:
     return str(found) if found and found.exists() else shutil.which("nvcc")
 
 
-def headers() -> Path | None:
+def ninja() -> str | None:
+    """Beside this Python first, whose folder is on the PATH in an activated environment alone."""
+    places = (str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath))
+    return shutil.which("ninja", path=os.pathsep.join(places))
+
+
+def torch() -> Path | None:
+    """Where torch's headers and libraries are, found without importing it."""
     spec = importlib.util.find_spec("torch")
-    include = Path(spec.origin).parent / "include" if spec and spec.origin else None
-    return include if include and (include / "torch/csrc/stable/library.h").exists() else None
+    home = Path(spec.origin).parent if spec and spec.origin else None
+    return home if home and (home / "include/torch/csrc/stable/library.h").exists() else None
 
 
 def extensions() -> list[Extension]:
     wanted = os.environ.get("GRASP_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"GRASP_CUDA is {wanted!r}; choose auto, 0 or 1")
-    reasons = [
-        reason
-        for reason, lacks in (
-            ("no nvcc: install the CUDA toolkit or set CUDA_HOME", nvcc() is None),
-            ("torch's headers are not importable: use --no-build-isolation", headers() is None),
-        )
-        if lacks
-    ]
-    if wanted == "0" or (wanted == "auto" and reasons):
+    if wanted == "0":
         return []
-    if reasons:
-        raise SystemExit(f"GRASP_CUDA=1, but {'; '.join(reasons)}")
-    depends = [str(p) for p in CSRC.iterdir()]
-    return [Extension("grasp_kernels._native", [str(CSRC / "bindings.cpp")], depends=depends)]
+    needs = {
+        "no nvcc: install the CUDA toolkit or set CUDA_HOME": nvcc(),
+        "no ninja: pip install ninja": ninja(),
+        "no torch >= 2.11 to import: install it and use --no-build-isolation": torch(),
+    }
+    if lacks := "; ".join(reason for reason, found in needs.items() if found is None):
+        if wanted == "1":
+            raise SystemExit(f"GRASP_CUDA=1, but {lacks}")
+        print(f"the CUDA library is left out: {lacks}", file=sys.stderr)
+        return []
+    return [Extension("grasp_kernels._native", [])]
+
+
+def architectures() -> list[str]:
+    if wanted := os.environ.get("GRASP_CUDA_ARCHS"):
+        chosen = wanted.split(",")
+        if odd := [a for a in chosen if not re.fullmatch(r"\d{2,3}[af]?", a)]:
+            raise SystemExit(f"GRASP_CUDA_ARCHS has {odd[0]!r}; write it like 80,90a,100")
+        return chosen
+    known = subprocess.run(
+        [nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True
+    ).stdout.split()
+    return [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
+
+
+def ninja_file(objects: Path, library: Path) -> str:
+    """What ninja is to do: each source to an object, made anew when a header it read changes."""
+    chosen = architectures()
+    newest = max((a.rstrip("af") for a in chosen), key=int)
+    flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
+    flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # for what comes
+    flags += ["-x", "cu", "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    include = torch() / "include"
+    flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
+    # A library that does not name libtorch finds none of its symbols: Python loads them privately.
+    # By that name, with no path, it finds the libtorch that `import torch` has loaded.
+    link = ["-shared", "-cudart", "static", "-L", str(torch() / "lib")]
+    link += ["-Xlinker", "--no-as-needed", "-ltorch"]
+    sources = [*sorted(CSRC.glob("*.cu")), CSRC / "bindings.cpp"]
+    targets = [objects / f"{source.stem}.o" for source in sources]
+    lines = [
+        f"builddir = {path(objects)}",
+        "rule compile",
+        f"  command = {command(nvcc())} -MD -MF $out.d {command(*flags)} -c $in -o $out",
+        "  description = nvcc $in",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {command(nvcc())} $in {command(*link)} -o $out.part && mv $out.part $out",
+        "  description = nvcc $out",
+        *(f"build {path(t)}: compile {path(s)}" for t, s in zip(targets, sources, strict=True)),
+        f"build {path(library)}: link {' '.join(map(path, targets))}",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def command(*words: str) -> str:
+    return shlex.join(words).replace("$", "$$")
+
+
+def path(file: Path) -> str:
+    return re.sub(r"([$ :])", r"$\1", str(file))
+
+
+def run_ninja(file: Path) -> int:
+    jobs = os.environ.get("MAX_JOBS")
+    if jobs and not re.fullmatch(r"[1-9]\d*", jobs):
+        raise SystemExit(f"MAX_JOBS is {jobs!r}; give a number from 1 up")
+    limit = ["-j", jobs] if jobs else []
+    running = subprocess.Popen([ninja(), "-f", str(file), *limit])
+    try:
+        return running.wait()
+    except BaseException:
+        running.terminate()  # and not kill: ninja ends its compilers first
+        running.wait()
+        raise
 
 
 class Build(build_ext):
@@ -58,32 +136,21 @@ class Build(build_ext):
         return str(Path(*name.split("."))) + ".so"  # no Python module: one file for any Python
 
     def build_extension(self, extension: Extension) -> None:
-        out = Path(self.get_ext_fullpath(extension.name))
+        library = Path(self.get_ext_fullpath(extension.name))
         objects = Path(self.build_temp)
-        for folder in (out.parent, objects):
+        for folder in (library.parent, objects):
             folder.mkdir(parents=True, exist_ok=True)
-        known = subprocess.run(
-            [nvcc(), "--list-gpu-arch"], check=True, capture_output=True, text=True
-        ).stdout
-        wanted = os.environ.get("GRASP_CUDA_ARCHS")
-        chosen = wanted.split(",") if wanted else ARCHITECTURES
-        chosen = [a for a in chosen if wanted or f"compute_{a.rstrip('a')}" in known]
-        flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
-        newest = chosen[-1].rstrip("a")
-        flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # for what comes
-        flags += ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
-        include = [f"-I{headers()}", f"-I{headers() / 'torch/csrc/api/include'}"]
-        running = []
-        for source in (*(CSRC / f"{s}.cu" for s in SOURCES), CSRC / "bindings.cpp"):
-            target = objects / f"{source.stem}.o"
-            command = [nvcc(), "-x", "cu", *flags, *include, "-c", source, "-o", target]
-            running.append((target, subprocess.Popen(command)))
-        if any(process.wait() for _, process in running):
+        file = objects / "build.ninja"
+        file.write_text(ninja_file(objects, library))
+        if run_ninja(file):
             raise SystemExit("nvcc failed; GRASP_CUDA=0 installs without the CUDA library")
-        subprocess.run(
-            [nvcc(), "-shared", "-cudart", "static", *(t for t, _ in running), "-o", out],
-            check=True,
-        )
+
+    def copy_file(self, infile, outfile, *args, **options):
+        """Under a library's name is a whole one at any time: processes may have it open."""
+        part = f"{outfile}.part"
+        _, copied = super().copy_file(infile, part, *args, **options)
+        os.replace(part, outfile)
+        return outfile, copied
 
 
 class Wheel(bdist_wheel):

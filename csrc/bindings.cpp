@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/shim_utils.h>
 
 #include <map>
 #include <mutex>
@@ -20,6 +21,14 @@
 #include "project_list.cuh"
 
 using torch::stable::Tensor;
+
+// The CUDA that this was built with and the newest that the driver runs, 1000 for each major
+// version; 0 where there is no driver. `native.missing` asks before any operator runs.
+extern "C" __attribute__((visibility("default"))) void grasp_cuda_versions(int* built, int* driver) {
+  *built = CUDART_VERSION;
+  *driver = 0;
+  cudaDriverGetVersion(driver);
+}
 
 namespace grasp {
 
@@ -48,7 +57,7 @@ static const Device& device_of(int index) {
 
 static cudaStream_t stream_of(int index) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -1,6 +1,7 @@
 """Which implementation runs an operation, and why the faster ones were refused."""
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -8,12 +9,14 @@ from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
 from . import native
 
 BACKENDS = ("cuda", "triton", "reference")  # fastest first
+OLDEST = (8, 0)  # Ampere: bf16 in matrix instructions, asynchronous copies
 _override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
 
 
@@ -85,9 +88,21 @@ def module_of(stem: str, name: str) -> ModuleType:
     return import_module(f".{stem}_{name}", __package__)
 
 
+class Hardware(NamedTuple):
+    """What decides for a device of type "cuda", which AMD's are too."""
+
+    hip: str | None
+    capability: tuple[int, int]
+
+
+@cache
+def hardware(device: torch.device) -> Hardware:
+    """Asked for once a device: a list of hundreds of tensors asks for each."""
+    return Hardware(torch.version.hip, torch.cuda.get_device_capability(device))
+
+
 @cache
 def _has_triton() -> bool:
-    """Looked up once: a list of hundreds of tensors asks for each."""
     return find_spec("triton") is not None
 
 
@@ -96,12 +111,36 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
     if name == "reference":
         return None
     interpreted = name == "triton" and forced and os.environ.get("TRITON_INTERPRET") == "1"
-    if not interpreted and (odd := sorted({t.device.type for t in tensors} - {"cuda"})):
-        return f"needs CUDA tensors, got {', '.join(odd)}"
+    if not interpreted and (reason := _device_refusal(tensors)):
+        return reason
     if name == "cuda" and (reason := native.missing()):
+        if not forced:
+            _warn_of_a_fault(reason)
         return reason
     if name == "triton" and not _has_triton():
         return "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:
         return f"fp64 {list(odd[0].shape)} would lose precision in it"
     return module_of(op.rstrip("_"), name).refusal(*tensors)
+
+
+def _device_refusal(tensors: tuple[torch.Tensor, ...]) -> str | None:
+    """Why no kernel can run where these are, or None."""
+    if odd := sorted({t.device.type for t in tensors} - {"cuda"}):
+        return f"needs CUDA tensors, got {', '.join(odd)}"
+    device = tensors[0].device
+    hip, capability = hardware(device)
+    if hip is not None:
+        return f"needs an NVIDIA GPU, and this torch is built for ROCm {hip}"
+    if capability < OLDEST:
+        found, least = (".".join(map(str, c)) for c in (capability, OLDEST))
+        return f"needs compute capability {least}, and {device} has {found}"
+    return None
+
+
+@cache
+def _warn_of_a_fault(reason: str) -> None:
+    """Once a process; a library that was never built is no fault."""
+    if native.built():
+        message = f"the CUDA library of grasp_kernels is built and can't be used: {reason}"
+        warnings.warn(message, RuntimeWarning, stacklevel=2)

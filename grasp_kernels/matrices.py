@@ -113,6 +113,19 @@ def _in_vectors(basis: Tensor) -> bool:
     )
 
 
+def in_vectors(basis: Tensor) -> Tensor:
+    """The basis `[d, k]` as kernels read it fastest: rows that begin every so-many 16 bytes.
+
+    On a CPU, where that gains nothing, without gaps.
+    """
+    if basis.device.type == "cpu":
+        return basis.contiguous()
+    d, k = basis.shape
+    wide = basis.new_zeros(d, -(-k // 4) * 4)
+    wide[:, :k] = basis
+    return wide[:, :k]
+
+
 def unit(row: Row) -> int:
     """Elements that all lengths are multiples of, so that whole vectors lie inside or outside."""
     lengths = (row.d, row.step, row.out_step, *((row.n,) if row.left else ()))

@@ -96,10 +96,12 @@ def _orthonormalize_each(Ws: list[Tensor], ranks: list[Tensor], rtols: list[floa
     for i, W in enumerate(Ws):
         groups.setdefault((W.shape, W.dtype, W.device, rtols[i]), []).append(i)
     for (_, _, _, tolerance), members in groups.items():
-        Q, rank = orthonormalize_ref(torch.stack([Ws[i] for i in members]), tolerance)
-        for n, i in enumerate(members):
-            Ws[i].copy_(Q[n])
-            ranks[i].copy_(rank[n])
+        W = torch.stack([Ws[i] for i in members])
+        Q, rank = orthonormalize_ref(W.cpu() if W.device.type == "mps" else W, tolerance)
+        Q, rank = Q.to(W.dtype).to(W.device), rank.to(W.device)  # MPS has no fp64
+        for i, q, r in zip(members, Q.unbind(), rank.unbind(), strict=True):
+            Ws[i].copy_(q)
+            ranks[i].copy_(r)
 
 
 @torch.library.custom_op("grasp::orthonormalize_", mutates_args=("Ws", "ranks"))

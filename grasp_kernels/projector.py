@@ -187,7 +187,7 @@ class Projector:
             self._sums.index_add_(0, laid.owners, laid.energies.double().cpu())
             laid.energies.zero_()
         for sums in getattr(self, "_plain_energies", {}).values():
-            self._sums += sums.double().cpu()
+            self._sums += sums.cpu().double()  # in this order: MPS has no fp64
             sums.zero_()
 
 

@@ -269,6 +269,23 @@ def test_a_basis_whose_rows_lie_far_apart(monkeypatch):
     torch.testing.assert_close(T.double(), exact, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("k", [7, 70])
+def test_a_basis_is_read_in_vectors(k):
+    """What lies in memory beyond its last column counts for nothing."""
+    from grasp_kernels.matrices import in_vectors, row
+
+    padded = torch.full((90, 72), float("nan"), device=DEVICE)
+    padded[:, :k] = orthonormal(90, k)
+    U, T = padded[:, :k], torch.randn(20, 90, device=DEVICE)
+    assert row(T, T, U, None, False).vector and not row(T, T, U[1:, 1:], None, False).vector
+    assert not row(T, T, orthonormal(90, k).to(DEVICE), None, False).vector
+    exact = project_fp64(T, U, None, "right")
+    with gk.backend("triton"):
+        ours = gk.project(T, U)
+    torch.testing.assert_close(ours.double(), exact, atol=1e-5, rtol=0)
+    assert in_vectors(torch.empty(90, k, device="meta")).stride() == (-(-k // 4) * 4, 1)
+
+
 def test_nothing_to_take_off():
     T, none = torch.full((3, 20), float("inf"), device=DEVICE), torch.empty(20, 0, device=DEVICE)
     with gk.backend("triton"):

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from grasp.data import Reference
 from grasp.model import Matrix, evaluating, given, unfused
+from grasp_kernels.matrices import in_vectors
 
 TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
 BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done again for the rest
@@ -80,7 +81,7 @@ def _leading(X: Tensor, energy: float, rank: int | None, bottom: bool = False) -
     V = vectors[:, -k:] if bottom else vectors[:, :k]
     if not tall:
         V = torch.linalg.qr(X.mT.double() @ V).Q
-    return V.float().contiguous()
+    return in_vectors(V.float())
 
 
 class _Inputs:

@@ -16,6 +16,7 @@ from torch import Tensor
 from grasp.files import write_bytes
 from grasp.guard.guarded import SAVED, Guarded
 from grasp.guard.weights import Whole
+from grasp_kernels.matrices import in_vectors
 
 if TYPE_CHECKING:
     from grasp.guard.guard import Guard
@@ -128,7 +129,8 @@ def _save_inputs(guard: "Guard", path: Path) -> None:
             shutil.copyfile(before, path)
     elif before != path or not path.exists():
         owners = {g.basis.data_ptr(): g.name for g in reversed(inputs)}
-        tensors = {g.name: g.basis for g in inputs if owners[g.basis.data_ptr()] == g.name}
+        own = [g for g in inputs if owners[g.basis.data_ptr()] == g.name]
+        tensors = {g.name: g.basis.contiguous() for g in own}
         same = {g.name: owners[g.basis.data_ptr()] for g in inputs}
         write_bytes(path, serialised(tensors, metadata={"same": json.dumps(same)}))
     guard.inputs_file = path
@@ -145,7 +147,7 @@ def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
     for g in inputs:
         key = same[g.name], g.parameter.device
         if key not in moved:
-            moved[key] = bases[key[0]].to(key[1])
+            moved[key] = in_vectors(bases[key[0]].to(key[1]))
         g.basis = g.basis[:, :0]
         g.pinned = g.coefficients(g.weight.start())
         g.widen(moved[key])
