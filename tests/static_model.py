@@ -56,6 +56,7 @@ class Chip:
     blocks: int = 32
     memory_latency: float = 700  # cycles
     l2_latency: float = 280
+    clusters: bool = True  # of blocks that see each other's shared memory
 
 
 # H100 (SXM): copy, L2 and clock as the kernels were first reviewed with; none is measured here.
@@ -64,7 +65,7 @@ class Chip:
 # (torchao's roofline) of 7.67 TB/s; its L2 bandwidth, that of two H100, is a guess. An HMMA takes
 # what 63 % of wgmma's rate leaves on H100 (arXiv 2402.13499); the same on B200 is a guess.
 CHIPS = {
-    80: Chip("A100", 108, 1.41e9, 1.7e12, 3.6e12, 40e6, 164 << 10, 163 << 10, 8, 4),
+    80: Chip("A100", 108, 1.41e9, 1.7e12, 3.6e12, 40e6, 164 << 10, 163 << 10, 8, 4, clusters=False),
     90: Chip("H100", 132, 1.755e9, 3.0e12, 5.5e12, 50e6, 228 << 10, 227 << 10, 6, 2),
     100: Chip("B200", 148, 1.755e9, 7.0e12, 11e12, 126.5e6, 228 << 10, 227 << 10, 6, 4),
     120: Chip("RTX 5090", 170, 2.4e9, 1.55e12, 6e12, 96e6, 100 << 10, 99 << 10, 8, 64, 48, 24),

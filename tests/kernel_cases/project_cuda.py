@@ -64,7 +64,7 @@ def _cluster(side: str, d: int, k: int, chip: Chip) -> tuple[int, int, int, int]
     """Blocks, slice of d, KP and bytes of shared memory, as csrc/project.cu chooses them."""
     KP = next(x for x in (16, 32, 64) if k <= x)
     for limit in (chip.shared_block // 2, chip.shared_block):
-        for blocks in (1, 2, 4, 8, 16) if chip.name != "A100" else (1,):
+        for blocks in (1, 2, 4, 8, 16) if chip.clusters else (1,):
             slice_ = ceil(d / (blocks * 16)) * 16
             row, rows = (BS, slice_) if side == "left" else (slice_, BS)
             shared = slice_ * (KP + PAD) * 2 + rows * (row + PAD) * 2
