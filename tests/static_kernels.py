@@ -21,8 +21,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from multiprocessing import get_context
 
-from grasp.files import write_json
-
 from .issue_model import Latency, Loop, nest, played, widths
 from .kernel_cases import FAMILIES
 from .kernel_cases.shapes import Case
@@ -48,6 +46,11 @@ COLUMNS = {  # of the table: heading, and what is in it
     "% of copy": lambda r: f"{100 * r['predicted_share_of_copy']:.3g}" if "limit" in r else "",
     "limit": lambda r: r.get("limit", ""),
 }
+
+TOLD = (  # opcodes that tell one loop from another
+    *("LDGSTS", "UBLKCP", "UTMALDG", "LDG", "STG", "LD", "ST", "LDSM", "LDS", "STS"),
+    *("HMMA", "HGMMA", "DMMA", "DFMA", "MUFU", "BAR", "SYNCS"),
+)
 
 
 def _by_width(counts: dict[str, int]) -> str:
@@ -79,8 +82,7 @@ def loops(task: tuple[int, str, Case]) -> str:
         for i in loop.code:
             start = i.op.split(".")[0]
             kinds[start] = kinds.get(start, 0) + 1
-        told = "LDGSTS UBLKCP UTMALDG LDG STG LD ST LDSM HMMA HGMMA LDS STS BAR SYNCS DFMA".split()
-        seen = " ".join(f"{n}={kinds[n]}" for n in told if n in kinds)
+        seen = " ".join(f"{n}={kinds[n]}" for n in TOLD if n in kinds)
         cycles = played(loop.code, latency).cycles
         wide = widths(loop.code).get("copies", {})
         yield f"{'  ' * depth}{loop.code[0].at:#x}: {len(loop.code)} long, {cycles:.0f} cycles: "
@@ -161,6 +163,8 @@ def main() -> None:
     if failed:
         raise SystemExit(f"{len(failed)} of {len(rows)} can't be predicted; nothing is written")
     if given.out:
+        from grasp.files import write_json  # not in every process
+
         said = {name: value for name, value in vars(given).items() if value and name != "processes"}
         command = "python -m tests.static_kernels " + " ".join(
             f"--{name}" if value is True else f"--{name} {value}" for name, value in said.items()
