@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu"]
-FAILING = ("crashes", "hangs", "raises", "lacks", "odd")
+FAILING = ("crashes", "hangs", "raises", "lacks", "memcheck", "odd")
 MEASURING = (
     ("copies", "matrices", "lists", "variants"),
     ("counters", "leak", "step", "orthonormalize", "memcheck", "tests", "build"),
@@ -28,6 +28,14 @@ print('"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum",'
       '"gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed"')
 print('"","","byte","byte","ns","%"')
 print('"0","project_kernel","1,200,000","600,000","1,000","61.5"')
+"""
+
+SANITIZER = f"""#!{sys.executable}
+import os, sys
+print("========= COMPUTE-SANITIZER")
+found = "racecheck" in sys.argv and os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
+print("========= ERROR SUMMARY: 1 error" if found else "========= ERROR SUMMARY: 0 errors")
+sys.exit(int(sys.argv[sys.argv.index("--error-exitcode") + 1]) if found else 0)
 """
 
 
@@ -57,15 +65,19 @@ def refusing(folder: Path, *packages: str) -> str:
 def runs(tmp_path_factory) -> dict[str, tuple[int, list[dict], Path]]:
     """The exit status, lines and folder of each run; side by side, since most of it is imports."""
     root = tmp_path_factory.mktemp("gpu_check")
-    tools = root / "tools"
-    tools.mkdir()
-    (tools / "ncu").write_text(NCU)
-    (tools / "ncu").chmod(0o755)
+    tools = {"ncu": NCU, "compute-sanitizer": SANITIZER}
+    for name, text in tools.items():
+        (root / f"with-{name}").mkdir()
+        tools[name] = root / f"with-{name}" / name
+        tools[name].write_text(text)
+        tools[name].chmod(0o755)
     lean = refusing(root / "lean", "transformers", "peft", "matplotlib", "pytest")
     running = {
         "first": started(root / "first", *parts(MEASURING[0])),
-        "second": started(root / "second", *parts(MEASURING[1]), path=tools),
-        "failing": started(root / "failing", *parts(FAILING)),
+        "second": started(root / "second", *parts(MEASURING[1]), path=tools["ncu"].parent),
+        "failing": started(
+            root / "failing", *parts(FAILING), path=tools["compute-sanitizer"].parent
+        ),
         "short": started(root / "short", "--limit", "20"),
         "lean": started(root / "lean_run", *parts(("step", "tests")), PYTHONPATH=lean),
     }
@@ -186,6 +198,17 @@ def test_an_exception_costs_its_case_alone(runs):
     assert "as it was asked to" in ended(lines, "raises")["reason"]
 
 
+def test_what_the_sanitizer_finds_fails_the_part(runs):
+    _, lines, _ = runs["failing"]
+    found = {(f["what"], f["backend"]): f for f in of(lines, "memcheck")}
+    assert {check for check, f in found.items() if f["passed"]} == {
+        ("memcheck", "triton"),
+        ("memcheck", "reference"),
+    }
+    assert "========= ERROR SUMMARY: 1 error" in found["racecheck", "triton"]["said"]
+    assert ended(lines, "memcheck")["exit"] == 1
+
+
 def test_later_parts_run_and_odd_figures_survive(runs):
     _, lines, _ = runs["failing"]
     assert ended(lines, "odd")["exit"] == 0
@@ -245,6 +268,22 @@ def test_its_own_end_takes_the_part_along(tmp_path):
     process.send_signal(signal.SIGTERM)
     assert process.wait(timeout=60) == 128 + signal.SIGTERM
     assert all(map(gone, found[0]["pids"]))
+
+
+def test_a_section_that_cant_be_summed_up_takes_no_other_along(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu.summary import text
+
+    said = text(
+        [
+            {"part": "matrices", "share": {"triton": "NaN"}, "case": "a case"},
+            {"part": "lists", "floor_ms": "wide"},
+            {"part": "leak", "error_over_pytorch": "Infinity", "backend": "cuda", "case": "all"},
+        ]
+    )
+    assert "| a case | nan% |" in said
+    assert "lists: its lines can't be summed up" in said
+    assert "PyTorch's own: inf (cuda, all)" in said
 
 
 def test_a_part_again_replaces_its_own_lines(tmp_path, monkeypatch):

@@ -6,7 +6,6 @@ Run as a script with the number of a case, it is what `ncu` looks at.
 import csv
 import io
 import shutil
-import subprocess
 import sys
 
 from .inside import Inside, LeftOut
@@ -30,8 +29,9 @@ def _case(inside: Inside, tool: str, n: int) -> None:
     command += ["--clock-control", "none", "--profile-from-start", "off"]
     command += ["--metrics", ",".join((READ, WRITTEN, TIME, SHARE, CACHE))]
     command += [sys.executable, "-m", "gpu.counters", str(n), inside.kind]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=min(EACH, inside.left()))
-    print(done.stdout, done.stderr)
+    done = inside.under(command, CASES[n], EACH)
+    if done is None:
+        return
     if "ERR_NVGPUCTRPERM" in done.stdout:
         raise LeftOut("ncu may not read the card's counters here")
     kernels = kernels_of(done.stdout)

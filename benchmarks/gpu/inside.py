@@ -1,6 +1,7 @@
 """One part, in a process of its own."""
 
 import faulthandler
+import subprocess
 import sys
 import time
 import traceback
@@ -59,6 +60,21 @@ class Inside:
     def add(self, **found) -> None:
         line = self.lines.add(**found)
         print(line, flush=True)
+
+    def under(
+        self, command: list[str], of: str, most: float = 1e9, **options
+    ) -> subprocess.CompletedProcess | None:
+        """What a command said and how it ended; None, and a line, where it took too long."""
+        seconds = min(most, self.left())
+        try:
+            done = subprocess.run(
+                command, capture_output=True, text=True, timeout=seconds, **options
+            )
+        except subprocess.TimeoutExpired:
+            self.add(left_out=f"{of}: no end in {seconds:.0f} s")
+            return None
+        print(done.stdout, done.stderr, flush=True)
+        return done
 
     def clocks(self) -> None:
         """What the card ran at, for whoever compares figures of two parts or two days."""

@@ -11,6 +11,7 @@ import grasp_kernels as gk
 from .inside import Inside
 
 TINY = [("tiny", "A", bench.WIDE), ("tiny", "B", 4)]
+ALLOWED = 1e-4  # ‖ours − the formula's‖ / ‖the formula's‖ of a factor
 CHUNK = 2**30  # bytes of the copy that tells what reading all bases would take
 
 
@@ -27,6 +28,9 @@ def _case(inside: Inside, model: str, holds: str, k: int | None) -> None:
     bases, moved = harness.nbytes(bench.distinct(Us)), 2 * harness.nbytes(Ts)
     runs = bench.list_runs(Ts, Us, side)
     Cs = [T @ U if side == "right" else U.mT @ T for T, U in zip(Ts, Us, strict=True)]
+    exact = [
+        T - (C @ U.mT if side == "right" else U @ C) for T, U, C in zip(Ts, Us, Cs, strict=True)
+    ]
     runs["pinned, measured"] = gk.Projector(Ts, Us, Cs, side=side, measure=True)
     size = CHUNK if inside.device.type == "cuda" else 2**20
     source = torch.randn(size // 8, device=device)
@@ -34,11 +38,14 @@ def _case(inside: Inside, model: str, holds: str, k: int | None) -> None:
     runs["copy"] = lambda: target.copy_(source)
     if inside.tiny:
         runs = {name: bench.by_backend("triton", run) for name, run in runs.items()}
+    runs["ours"]()
+    error = max(float(torch.dist(T, X) / X.norm()) for T, X in zip(Ts, exact, strict=True))
     taken = harness.samples(runs, device, 2 if inside.tiny else 20)
     times = {name: median(t) for name, t in taken.items()}
     # Written and read are alike to the memory, so a copy of half as much takes as long as a read.
     a_byte = times.pop("copy") / size
-    inside.add(
+    inside.check(
+        error <= ALLOWED,
         case=f"{model} {holds} k {k or 'wide'}",
         side=side,
         tensors=len(Ts),
@@ -46,6 +53,7 @@ def _case(inside: Inside, model: str, holds: str, k: int | None) -> None:
         dtype="float32",
         k=ranks,
         chosen=sorted({bench.chosen(T, U, side) for T, U in zip(Ts, Us, strict=True)}),
+        error=error,
         ms=times,
         basis_bytes=bases,
         bytes=moved,

@@ -1,11 +1,10 @@
 """Every kernel under compute-sanitizer, on small shapes with ragged ends.
 
-Run as a script with the names of backends, it is what the sanitizer looks at.
+Run as a script with the name of a backend, it is what the sanitizer looks at.
 """
 
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from itertools import product
@@ -18,30 +17,32 @@ FOUND = 9  # the exit status of the sanitizer when it finds something
 
 
 def measure(inside: Inside) -> None:
-    if inside.tiny:  # as far as it goes without the tool
-        small(inside.backends, "cpu")
-        inside.check(True, what="memcheck", tool=None)
-        return
     places = [str(HOME / "bin"), str(HOME / "compute-sanitizer"), os.environ.get("PATH", "")]
     tool = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
+    if tool is None and inside.tiny:  # as far as that goes without it
+        small(inside.backends, "cpu")
+        return inside.add(what="memcheck", tool=None)
     if tool is None:
         raise LeftOut("compute-sanitizer is not on the PATH")
-    inside.each(("memcheck", "racecheck"), lambda check: _under(inside, tool, check))
+    cases = list(product(("memcheck", "racecheck"), inside.backends))
+    inside.each(cases, lambda case: _under(inside, tool, *case), " of ".join)
 
 
-def _under(inside: Inside, tool: str, check: str) -> None:
+def _under(inside: Inside, tool: str, check: str, backend: str) -> None:
     # Each tensor an allocation of its own, so that its ends are seen.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [tool, "--tool", check, "--error-exitcode", str(FOUND), sys.executable]
-    command += ["-m", "gpu.memcheck", *inside.backends]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=inside.left())
-    print(done.stdout, done.stderr)
+    command += ["-m", "gpu.memcheck", backend]
+    done = inside.under(command, f"{check} of {backend}", env=env)
+    if done is None:
+        return
     errors = [x for x in done.stdout.splitlines() if x.startswith("=========")][:6]
     inside.check(
         done.returncode == 0,
+        case=f"{check} of {backend}",
         what=check,
-        backends=inside.backends,
-        exit=done.returncode,
+        backend=backend,
+        status=done.returncode,
         said=errors if done.returncode else [],
     )
 
@@ -60,8 +61,9 @@ def small(names: list[str], kind: str) -> None:
 
     projections = [(5, 40, 7)]
     if kind == "cuda":
-        # Ragged, then as large matrices, then with more directions than stay in registers.
+        # Ragged, as large matrices, as LoRA factors; few directions, and more than registers hold.
         projections = [(37, 300, 12), (1024, 1032, 12), (1024, 4096, 16), (40, 1032, 150)]
+        projections.append((16, 1032, 400))
     cases = list(product(projections, ("right", "left"), (torch.float32, torch.bfloat16)))
     for name in names:
         with gk.backend(name):

@@ -33,7 +33,7 @@ PARTS = (
     Part("leak", 30, "what gets through, against PyTorch"),
     Part("step", 60, "a guarded training step against a plain one"),
     Part("orthonormalize", 25, "orthonormalisation against torch.linalg.qr"),
-    Part("memcheck", 60, "compute-sanitizer on every kernel"),
+    Part("memcheck", 80, "compute-sanitizer on every kernel"),
     Part("tests", 600, "the kernels' tests, with all the time that is left", least=30),
 )
 PICTURE = Part("picture", 30, "roofline.png", least=5)

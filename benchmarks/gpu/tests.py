@@ -1,7 +1,6 @@
 """The kernels' tests, a process for each file: an illegal access ends one file's, no more."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -24,8 +23,9 @@ def measure(inside: Inside) -> None:
 
 def _file(inside: Inside, file: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=inside.left())
-    print(done.stdout, done.stderr)
+    done = inside.under(command, file, cwd=ROOT)
+    if done is None:
+        return
     lines = done.stdout.splitlines()
     last = [x for x in lines if re.search(r"\d+ (passed|failed|error|skipped)", x)]
     inside.check(
