@@ -270,6 +270,17 @@ def test_its_own_end_takes_the_part_along(tmp_path):
     assert all(map(gone, found[0]["pids"]))
 
 
+def test_goes_on_when_nobody_listens(tmp_path):
+    command = [*COMMAND, "--out", str(tmp_path), *parts(("raises", "odd"))]
+    reader, writer = os.pipe()
+    os.close(reader)
+    process = subprocess.Popen(command, cwd=ROOT, stdout=writer, stderr=subprocess.DEVNULL)
+    os.close(writer)
+    assert process.wait(timeout=120) == 1
+    lines = [loaded(x) for x in (tmp_path / "gpu_check.jsonl").read_text().splitlines()]
+    assert ended(lines, "odd")["exit"] == 0
+
+
 def test_a_section_that_cant_be_summed_up_takes_no_other_along(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     from gpu.summary import text

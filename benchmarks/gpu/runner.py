@@ -55,7 +55,7 @@ def run(kind: str, out: Path, limit: float, chosen: list[Part] | None = None) ->
                 _put_aside(lines)
             summary.write(path)
         passed.append(_part(PICTURE, kind, lines, max(PICTURE.least, min(left(), PICTURE.seconds))))
-    print(summary.write(path), flush=True)
+    _say(summary.write(path))
     return 0 if all(passed) else 1
 
 
@@ -83,7 +83,7 @@ def _put_aside(lines: Lines) -> None:
 
 def _part(part: Part, kind: str, lines: Lines, seconds: float) -> bool:
     """Run it and say how it ended; whether it did not fail."""
-    print(f"── {part.name}: {part.of}; at most {seconds:.0f} s", flush=True)
+    _say(f"── {part.name}: {part.of}; at most {seconds:.0f} s")
     lines.add(part=part.name, begins=True)
     log = lines.path.with_suffix(".log")
     started = time.monotonic()
@@ -98,8 +98,16 @@ def _part(part: Part, kind: str, lines: Lines, seconds: float) -> bool:
     taken = round(time.monotonic() - started, 1)
     common = _common(lines)
     lines.add(part=part.name, seconds=taken, exit=status, reason=reason, **common)
-    print(f"   {taken:.0f} s, {reason or 'passed'}", flush=True)
+    _say(f"   {taken:.0f} s, {reason or 'passed'}")
     return status in (0, LEFT_OUT)
+
+
+def _say(text: str) -> None:
+    """To whoever still listens."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def _common(lines: Lines) -> dict:
@@ -193,7 +201,10 @@ def _ended_by_signals() -> Iterator[None]:
     def stop(number, frame):
         sys.exit(128 + number)
 
-    before = {s: signal.signal(s, stop) for s in (signal.SIGTERM, signal.SIGHUP)}
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGHUP)}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as `nohup` leaves it
+            signal.signal(number, stop)
     try:
         yield
     finally:
