@@ -23,7 +23,7 @@ def measure(inside: Inside) -> None:
     if nvcc:
         major, minor = torch.cuda.get_device_capability()
         arch = f"{major}{minor}{'a' * (major == 9)}"
-        env = os.environ | {"GRASP_CUDA": "1", "GRASP_CUDA_ARCHS": arch}
+        env = os.environ | {"GRASP_CUDA": "auto", "GRASP_CUDA_ARCHS": arch}
         env.setdefault("CUDA_HOME", str(Path(nvcc).parent.parent))
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         status = subprocess.run(command, env=env, cwd=ROOT).returncode
@@ -33,8 +33,9 @@ def measure(inside: Inside) -> None:
         )
         if status:
             return
-    elif not native.LIBRARY.exists():
-        raise LeftOut("nvcc is not there; the rest goes on with Triton alone")
+    if not native.LIBRARY.exists():
+        lacks = "setup.py left it out, and the log has why" if nvcc else "nvcc is not there"
+        raise LeftOut(f"{lacks}; the rest goes on with Triton alone")
     reason = native.missing()
     inside.check(reason is None, what="library", case=reason or "the library", missing=reason)
 
