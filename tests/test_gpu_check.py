@@ -309,6 +309,8 @@ def test_a_part_again_replaces_its_own_lines(tmp_path, monkeypatch):
         for part in ("a", "b") if value == 1 else ("b",):
             lines.add(part=part, begins=True)
             lines.add(part=part, value=value)
+    with lines.path.open("a") as file:
+        file.write('5\n{"odd": 1}\n{"part": "b", "val')
     assert read(lines.path) == [{"part": "a", "value": 1}, {"part": "b", "value": 2}]
 
 
@@ -317,9 +319,11 @@ def test_without_a_gpu_it_says_so(tmp_path):
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
+    (tmp_path / "gpu_check.jsonl").write_text("of another day")
     command = [sys.executable, "benchmarks/gpu_check.py", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "no CUDA device" in done.stderr
+    assert (tmp_path / "gpu_check.jsonl").read_text() == "of another day"
 
 
 def gone(pid: int) -> bool:

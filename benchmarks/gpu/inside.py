@@ -36,7 +36,7 @@ class Inside:
         self.until = time.monotonic() + 0.9 * seconds
         self.lines = Lines(out, part=name)
         self.failed = False
-        about = [line for line in self.lines.read() if line.get("part") == "about"]
+        about = [line for line in self.lines.read() if line["part"] == "about"]
         self.about = {} if name == "about" or not about else about[0]
         self.lines.common |= {k: self.about[k] for k in COMMON if k in self.about}
 

@@ -56,8 +56,10 @@ def read(path: Path) -> list[dict]:
             line = json.loads(text)
         except json.JSONDecodeError:
             continue
+        if not isinstance(line, dict) or "part" not in line:
+            continue
         if "begins" in line:
-            found = [f for f in found if f.get("part") != line["part"]]
+            found = [f for f in found if f["part"] != line["part"]]
         else:
             found.append(line)
     return found

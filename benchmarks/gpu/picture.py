@@ -58,10 +58,13 @@ def draw(path: Path) -> Path:
     for axis, (title, cases) in zip(axes[:, 0], panels.items(), strict=True):
         _panel(axis, title, cases)
     figure.suptitle(_title(lines), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    out = path.with_name("roofline.png")
-    figure.savefig(out, dpi=160)
+    figure.savefig(beside(path), dpi=160)
     pyplot.close(figure)
-    return out
+    return beside(path)
+
+
+def beside(path: Path) -> Path:
+    return path.with_name("roofline.png")
 
 
 def _title(lines: list[dict]) -> str:

@@ -1,5 +1,6 @@
 """Parts one after another, each in its own process group, whatever becomes of them."""
 
+import json
 import os
 import shutil
 import signal
@@ -9,8 +10,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from . import summary
+from . import picture, summary
 from .inside import LEFT_OUT
 from .lines import FILE, Lines, read
 from .parts import ABOUT, PARTS, PICTURE, Part
@@ -30,19 +32,22 @@ def run(kind: str, out: Path, limit: float, chosen: list[Part] | None = None) ->
         limit: seconds, beyond which nothing is begun or goes on.
     """
     started = time.monotonic()
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / FILE
-    if chosen is None:
-        path.unlink(missing_ok=True)
-    path.touch()
-    lines, passed = Lines(path), []
+    path, passed = out / FILE, []
 
     def left() -> float:
         return limit - (time.monotonic() - started)
 
     with _ended_by_signals():
-        if status := _about(kind, lines):
-            return status
+        about = _about(kind)
+        if about is None:
+            return 2
+        out.mkdir(parents=True, exist_ok=True)
+        if chosen is None:
+            for old in (path, *map(path.with_suffix, (".log", ".md")), picture.beside(path)):
+                old.unlink(missing_ok=True)
+        lines = Lines(path)
+        for line in about:
+            lines.add(**line)
         for part in PARTS if chosen is None else chosen:
             room = max(0.0, left() - 2 * PICTURE.least)
             if room < part.begins_with:
@@ -59,22 +64,24 @@ def run(kind: str, out: Path, limit: float, chosen: list[Part] | None = None) ->
     return 0 if all(passed) else 1
 
 
-def _about(kind: str, lines: Lines) -> int:
-    """What everything runs on; not 0 where that is not there."""
-    if not _part(ABOUT, kind, lines, ABOUT.seconds):
-        print("what runs here can't be told; see the log", file=sys.stderr)
-        return 2
-    found = [f for f in lines.read() if f.get("part") == "about"]
-    if any("left_out" in f for f in found):
-        print("no CUDA device: this command checks what needs one", file=sys.stderr)
-        return 2
-    return 0
+def _about(kind: str) -> list[dict] | None:
+    """What everything runs on, as lines; None where that is not there, and earlier results stay."""
+    with TemporaryDirectory() as folder:
+        lines = Lines(Path(folder) / FILE)
+        passed = _part(ABOUT, kind, lines, ABOUT.seconds)
+        found = [json.loads(line) for line in lines.path.read_text().splitlines()]
+        if any("left_out" in f for f in found):
+            print("no CUDA device: this command checks what needs one", file=sys.stderr)
+            return None
+        if not passed:
+            print(lines.path.with_suffix(".log").read_text()[-2000:], file=sys.stderr)
+        return found if passed else None
 
 
 def _put_aside(lines: Lines) -> None:
     """The library, unless it said itself why it can't be loaded: it is an older one, or takes with
     it whatever asks for it. The rest goes on with Triton alone."""
-    said = [f for f in lines.read() if f.get("part") == "build" and "missing" in f]
+    said = [f for f in lines.read() if f["part"] == "build" and "missing" in f]
     if not said and LIBRARY.exists():
         aside = lines.path.with_name("refused" + LIBRARY.name)
         shutil.move(LIBRARY, aside)
@@ -111,7 +118,7 @@ def _say(text: str) -> None:
 
 
 def _common(lines: Lines) -> dict:
-    about = [f for f in lines.read() if f.get("part") == "about" and "device" in f]
+    about = [f for f in lines.read() if f["part"] == "about" and "device" in f]
     return {k: about[0].get(k) for k in ("device", "capability", "torch")} if about else {}
 
 
@@ -173,7 +180,7 @@ def _reason(
     """Why it did not pass, in a line."""
     if status == 0:
         return None
-    own = [f for f in read(path) if f.get("part") == part.name]
+    own = [f for f in read(path) if f["part"] == part.name]
     if status is None:
         return f"ended at its limit of {seconds:.0f} s"
     if status < 0:

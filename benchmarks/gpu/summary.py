@@ -18,11 +18,12 @@ def write(path: Path) -> str:
 
 
 def text(lines: list[dict]) -> str:
+    ended = [f for f in lines if f.keys() >= {"seconds", "exit", "reason"}]
     by_part: dict[str, list[dict]] = {}
     for line in lines:
-        if "exit" not in line:
-            by_part.setdefault(line.get("part", ""), []).append(line)
-    found = [_head(by_part.get("about", [])), _parts([f for f in lines if "exit" in f])]
+        if line not in ended:
+            by_part.setdefault(line["part"], []).append(line)
+    found = [_head(by_part.get("about", [])), _parts(ended)]
     for part, section in SECTIONS.items():
         try:
             found.append(section(by_part.get(part, [])))
