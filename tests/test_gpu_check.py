@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 COMMAND = [sys.executable, "benchmarks/gpu_check.py", "--device", "cpu"]
-FAILING = ("crashes", "hangs", "raises", "lacks", "memcheck", "odd")
+FAILING = ("crashes", "hangs", "raises", "lacks", "odd")
 MEASURING = (
     ("copies", "matrices", "lists", "variants"),
     ("counters", "leak", "step", "orthonormalize", "memcheck", "tests", "build"),
@@ -61,6 +61,12 @@ def parts(names) -> list[str]:
     return [argument for name in names for argument in ("--part", name)]
 
 
+def executable(path: Path, text: str) -> str:
+    path.write_text(text)
+    path.chmod(0o755)
+    return str(path)
+
+
 def refusing(folder: Path, *packages: str) -> str:
     """A path on which these packages are found and can't be imported."""
     folder.mkdir()
@@ -74,28 +80,26 @@ def refusing(folder: Path, *packages: str) -> str:
 def runs(tmp_path_factory) -> dict[str, tuple[int, list[dict], Path]]:
     """The exit status, lines and folder of each run; side by side, since most of it is imports."""
     root = tmp_path_factory.mktemp("gpu_check")
-    tools = {"ncu": NCU, "compute-sanitizer": SANITIZER}
-    for name, text in tools.items():
-        (root / f"with-{name}").mkdir()
-        tools[name] = root / f"with-{name}" / name
-        tools[name].write_text(text)
-        tools[name].chmod(0o755)
+    (root / "tools").mkdir()
+    executable(root / "tools" / "ncu", NCU)
     lean = refusing(root / "lean", "transformers", "peft", "matplotlib", "pytest")
     running = {
         "first": started(root / "first", *parts(MEASURING[0])),
-        "second": started(root / "second", *parts(MEASURING[1]), path=tools["ncu"].parent),
-        "failing": started(
-            root / "failing", *parts(FAILING), path=tools["compute-sanitizer"].parent
-        ),
+        "second": started(root / "second", *parts(MEASURING[1]), path=root / "tools"),
+        "failing": started(root / "failing", *parts(FAILING)),
         "short": started(root / "short", "--limit", "20", heard=False),
         "lean": started(root / "lean_run", *parts(("step", "tests")), PYTHONPATH=lean),
     }
     found = {}
-    for name, process in running.items():
-        status = process.wait(timeout=240)
-        folder = root / ("lean_run" if name == "lean" else name)
-        text = (folder / "gpu_check.jsonl").read_text()
-        found[name] = (status, [loaded(line) for line in text.splitlines()], folder)
+    try:
+        for name, process in running.items():
+            status = process.wait(timeout=240)
+            folder = root / ("lean_run" if name == "lean" else name)
+            text = (folder / "gpu_check.jsonl").read_text()
+            found[name] = (status, [loaded(line) for line in text.splitlines()], folder)
+    finally:
+        for process in running.values():
+            process.terminate()
     return found
 
 
@@ -211,15 +215,22 @@ def test_an_exception_costs_its_case_alone(runs):
     assert "as it was asked to" in ended(lines, "raises")["reason"]
 
 
-def test_what_the_sanitizer_finds_fails_the_part(runs):
-    _, lines, _ = runs["failing"]
-    found = {(f["what"], f["backend"]): f for f in of(lines, "memcheck")}
-    assert {check for check, f in found.items() if f["passed"]} == {
-        ("memcheck", "triton"),
-        ("memcheck", "reference"),
-    }
-    assert "========= ERROR SUMMARY: 1 error" in found["racecheck", "triton"]["said"]
-    assert ended(lines, "memcheck")["exit"] == 1
+def test_what_the_sanitizer_finds_fails_the_part(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from gpu.inside import Inside
+    from gpu.memcheck import under
+
+    path = tmp_path / "gpu_check.jsonl"
+    path.touch()
+    inside = Inside("memcheck", "cuda", path, seconds=60)
+    sanitizer = executable(tmp_path / "compute-sanitizer", SANITIZER)
+    under(inside, sanitizer, "memcheck", "triton")
+    assert not inside.failed
+    under(inside, sanitizer, "racecheck", "cuda")
+    assert inside.failed
+    clean, found = inside.lines.read()
+    assert clean["passed"] and not found["passed"] and found["status"] == 9
+    assert "========= ERROR SUMMARY: 1 error" in found["said"]
 
 
 def test_later_parts_run_and_odd_figures_survive(runs):

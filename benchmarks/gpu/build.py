@@ -1,12 +1,11 @@
 """The CUDA library: built where nvcc is, and loaded where it is built."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from .inside import Inside, LeftOut
+from .inside import Inside, LeftOut, tool
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -17,7 +16,7 @@ def measure(inside: Inside) -> None:
     if inside.tiny:
         inside.add(what="library", missing=native.missing())
         return
-    nvcc = _nvcc()
+    nvcc = tool("nvcc")
     done = _built(inside, nvcc) if nvcc else None
     if nvcc and (done is None or done.returncode):
         inside.failed = True
@@ -50,8 +49,3 @@ def _built(inside: Inside, nvcc: str) -> subprocess.CompletedProcess | None:
         version = said.strip().rpartition("\n")[2]
         inside.add(what="build", architecture=arch, nvcc=version, passed=True)
     return done
-
-
-def _nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
-    return shutil.which("nvcc") or shutil.which(str(Path(home) / "bin" / "nvcc"))

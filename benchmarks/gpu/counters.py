@@ -5,10 +5,9 @@ Run as a script with the number of a case, it is what `ncu` looks at.
 
 import csv
 import io
-import shutil
 import sys
 
-from .inside import Inside, LeftOut
+from .inside import Inside, LeftOut, tool
 
 READ, WRITTEN = "dram__bytes_read.sum", "dram__bytes_write.sum"
 TIME, SHARE = "gpu__time_duration.sum", "dram__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -18,14 +17,14 @@ EACH = 25  # seconds
 
 
 def measure(inside: Inside) -> None:
-    tool = shutil.which("ncu")
-    if tool is None:
-        raise LeftOut("ncu is not on the PATH")
-    inside.each(range(len(CASES)), lambda n: _case(inside, tool, n), CASES.__getitem__)
+    ncu = tool("ncu")
+    if ncu is None:
+        raise LeftOut("ncu is not there")
+    inside.each(range(len(CASES)), lambda n: _case(inside, ncu, n), CASES.__getitem__)
 
 
-def _case(inside: Inside, tool: str, n: int) -> None:
-    command = [tool, "--csv", "--page", "raw", "--print-units", "base"]
+def _case(inside: Inside, ncu: str, n: int) -> None:
+    command = [ncu, "--csv", "--page", "raw", "--print-units", "base"]
     command += ["--clock-control", "none", "--profile-from-start", "off"]
     command += ["--metrics", ",".join((READ, WRITTEN, TIME, SHARE, CACHE))]
     command += [sys.executable, "-m", "gpu.counters", str(n), inside.kind]
@@ -35,6 +34,8 @@ def _case(inside: Inside, tool: str, n: int) -> None:
     if "ERR_NVGPUCTRPERM" in done.stdout:
         raise LeftOut("ncu may not read the card's counters here")
     kernels = kernels_of(done.stdout)
+    if not kernels and inside.tiny:
+        raise LeftOut("a rehearsal launches no kernel")
     if not kernels:
         said = [x for x in done.stdout.splitlines() if "==ERROR==" in x or "ERR_" in x]
         raise RuntimeError((said or [f"ncu counted nothing, exit status {done.returncode}"])[0])
@@ -88,11 +89,12 @@ def counted(n: int, kind: str) -> None:
             gk.project_(T, U, side=side)
 
     run()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.start()
-    run()
-    torch.cuda.synchronize()
-    torch.cuda.profiler.stop()
+    if kind == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.profiler.start()
+        run()
+        torch.cuda.synchronize()
+        torch.cuda.profiler.stop()
     print(f"case {CASES[n]}: {floor}")
 
 

@@ -1,6 +1,8 @@
 """One part, in a process of its own."""
 
 import faulthandler
+import os
+import shutil
 import subprocess
 import sys
 import time
@@ -123,6 +125,13 @@ class Inside:
 
             torch.cuda.synchronize()
             torch.cuda.empty_cache()
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit, whose folder need not be on the PATH."""
+    home = Path(os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda")
+    places = (os.environ.get("PATH", ""), str(home / "bin"), str(home / "compute-sanitizer"))
+    return shutil.which(name, path=os.pathsep.join(places))
 
 
 def said(error: BaseException) -> str:

@@ -4,34 +4,31 @@ Run as a script with the name of a backend, it is what the sanitizer looks at.
 """
 
 import os
-import shutil
 import sys
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 
-from .inside import Inside, LeftOut
+from .inside import Inside, LeftOut, tool
 
-HOME = Path(os.environ.get("CUDA_HOME") or "/usr/local/cuda")
 FOUND = 9  # the exit status of the sanitizer when it finds something
 
 
 def measure(inside: Inside) -> None:
-    places = [str(HOME / "bin"), str(HOME / "compute-sanitizer"), os.environ.get("PATH", "")]
-    tool = shutil.which("compute-sanitizer", path=os.pathsep.join(places))
-    if tool is None and inside.tiny:  # as far as that goes without it
+    if inside.tiny:
         small(inside.backends, "cpu")
         return inside.add(what="memcheck", tool=None)
-    if tool is None:
-        raise LeftOut("compute-sanitizer is not on the PATH")
+    sanitizer = tool("compute-sanitizer")
+    if sanitizer is None:
+        raise LeftOut("compute-sanitizer is not there")
     cases = list(product(("memcheck", "racecheck"), inside.backends))
-    inside.each(cases, lambda case: _under(inside, tool, *case), " of ".join)
+    inside.each(cases, lambda case: under(inside, sanitizer, *case), " of ".join)
 
 
-def _under(inside: Inside, tool: str, check: str, backend: str) -> None:
+def under(inside: Inside, sanitizer: str, check: str, backend: str) -> None:
+    """One of the sanitizer's checks of one backend: a line, and what the sanitizer found."""
     # Each tensor an allocation of its own, so that its ends are seen.
     env = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [tool, "--tool", check, "--error-exitcode", str(FOUND), sys.executable]
+    command = [sanitizer, "--tool", check, "--error-exitcode", str(FOUND), sys.executable]
     command += ["-m", "gpu.memcheck", backend]
     done = inside.under(command, f"{check} of {backend}", env=env)
     if done is None:
