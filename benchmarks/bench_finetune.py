@@ -6,6 +6,7 @@ python benchmarks/bench_finetune.py [--device cpu|cuda] [--model NAME] [--quick]
 import sys
 
 import torch
+from gpu.step import grown, one_step
 from harness import main, timed
 
 from grasp.data import default_prompts
@@ -28,20 +29,15 @@ def measure(device: torch.device, quick: bool) -> list[dict]:
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=1e-4)
         ids = torch.randint(100, 1000, (ROWS, TOKENS), device=device)
-
-        def step(model=model, optimizer=optimizer, ids=ids):
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
+        step = one_step(
+            lambda model=model, ids=ids: model(input_ids=ids, labels=ids).loss, optimizer
+        )
         if guarded:
             prompts = default_prompts()[: 16 if quick else None]
             options = {"tokenizer": tokenizer, "rank": 4, "every": 1, "refresh": 1, "grow": 4}
-            guard = Guard(model, reference=prompts, optimizer=optimizer, **options).attach()
-            step()  # grows its bases
-            guard.growth.every = 10**9  # from here on as after the first steps of a run
+            guard = grown(Guard(model, reference=prompts, optimizer=optimizer, **options), step)
         steps["guarded" if guarded else "plain"] = step
-    times = timed(steps, device, 20 if device.type == "cuda" else 7)
+    times = timed(steps, device, 20 if device.type == "cuda" else 7, wall=True)
     ranks = [m["rank"] for m in guard.leak().values()]
     return [
         {

@@ -3,6 +3,8 @@
 python benchmarks/bench_orthonormalize.py [--device cpu|cuda] [--quick]
 """
 
+from collections.abc import Iterator
+
 import torch
 from harness import main, timed
 
@@ -13,8 +15,7 @@ GPU_SHAPES = [(64, 8192, 16), (64, 8192, 32), (64, 8192, 64), (448, 4096, 8), (1
 CPU_SHAPES = [(16, 2048, 16), (64, 576, 8)]
 
 
-def measure(device: torch.device, quick: bool) -> list[dict]:
-    rows = []
+def measure(device: torch.device, quick: bool) -> Iterator[dict]:
     shapes = GPU_SHAPES if device.type == "cuda" else CPU_SHAPES
     for count, d, k in shapes[:2] if quick else shapes:
         start = [torch.randn(d, k, device=device) for _ in range(count)]
@@ -22,7 +23,7 @@ def measure(device: torch.device, quick: bool) -> list[dict]:
         try:
             backend = dispatch.choose("orthonormalize_", Ws[0])
         except RuntimeError as refused:
-            rows.append({"matrices": count, "shape": [d, k], "refused": str(refused)})
+            yield {"matrices": count, "shape": [d, k], "refused": str(refused)}
             continue
 
         def ours(Ws=Ws, start=start):
@@ -42,17 +43,14 @@ def measure(device: torch.device, quick: bool) -> list[dict]:
         ours()
         Q = torch.stack(Ws).double()
         error = (Q.mT @ Q - torch.eye(k, device=device)).norm(dim=(1, 2)).max()
-        rows.append(
-            {
-                "matrices": count,
-                "shape": [d, k],
-                "backend": backend,
-                "ms": alone,
-                "over": {n: t / alone for n, t in times.items() if n.startswith("qr")},
-                "orthogonality": float(error),
-            }
-        )
-    return rows
+        yield {
+            "matrices": count,
+            "shape": [d, k],
+            "backend": backend,
+            "ms": alone,
+            "over": {n: t / alone for n, t in times.items() if n.startswith("qr")},
+            "orthogonality": float(error),
+        }
 
 
 if __name__ == "__main__":
