@@ -1,6 +1,6 @@
 """Tensors of any layout as the matrices that the kernels take, each a row of numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -122,10 +122,22 @@ def listed(
         if packed:
             U, C = U.contiguous(), None if C is None else C.contiguous()
         on = found.setdefault(T.device, Listed())
-        for matrix, out, part in matrices(T, outs[i], C, left, staged):
-            on.rows.append(row(matrix, out, U, part, left))
-            on.pointers += (matrix.data_ptr(), out.data_ptr())
-            on.members.append((i, matrix.data_ptr() - T.data_ptr()))
-            on.kept.append((U, part))
-            on.matrices.append(matrix)
+        for piece, piece_out, V, piece_C in _pieces(T, outs[i], U, C):
+            for matrix, out, part in matrices(piece, piece_out, piece_C, left, staged):
+                on.rows.append(row(matrix, out, V, part, left))
+                on.pointers += (matrix.data_ptr(), out.data_ptr())
+                on.members.append((i, matrix.data_ptr() - T.data_ptr()))
+                on.kept.append((V, part))
+                on.matrices.append(matrix)
     return found
+
+
+def _pieces(
+    T: Tensor, out: Tensor, basis: Tensor, C: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Parts that have one basis `[d, k]` each."""
+    if basis.ndim == 2:
+        yield T, out, basis, C
+        return
+    for i in range(T.shape[0]):
+        yield from _pieces(T[i], out[i], basis[i], None if C is None else C[i])
