@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_orthonormal, check_pair
-from .project import Project
+from .project import projected
 
 
 class _ProjectGradient(torch.autograd.Function):
@@ -24,7 +24,7 @@ class _ProjectGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         (basis,) = ctx.saved_tensors
-        return Project.apply(gradient, basis, None, False), None
+        return projected(gradient, basis, None, False), None
 
 
 def project_gradient(h: Tensor, basis: Tensor, *, check: bool = False) -> Tensor:

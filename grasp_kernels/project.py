@@ -149,7 +149,7 @@ def project(
             )
     if check:
         check_orthonormal([basis])
-    return Project.apply(T, basis, C, left)
+    return projected(T, basis, C, left)
 
 
 def project_(
@@ -194,11 +194,25 @@ def explain(T: Tensor, basis: Tensor, side: Side = "right") -> str:
     return dispatch.describe("project", *_one_of(T, basis))
 
 
-@torch.library.custom_op("grasp::project", mutates_args=())
-def _project_op(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
+def projected(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
+    """`project` of arguments in one form; recorded only where something asks for it."""
+    if _is_recorded(T) or (T.requires_grad and torch.is_grad_enabled()):
+        return _Project.apply(T, basis, C, left)
+    return _project_into_new(T, basis, C, left)
+
+
+def _is_recorded(T: Tensor) -> bool:
+    """Whether the tensor is traced, or a transform of `torch.func` is at work."""
+    return traced([T]) or torch._C._are_functorch_transforms_active()
+
+
+def _project_into_new(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
     out = torch.empty_like(T, memory_format=torch.contiguous_format)
     _project_body("project", [T], [out], [basis], [] if C is None else [C], left)
     return out
+
+
+_project_op = torch.library.custom_op("grasp::project", _project_into_new, mutates_args=())
 
 
 @_project_op.register_fake
@@ -206,7 +220,7 @@ def _(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
     return torch.empty_like(T, memory_format=torch.contiguous_format)
 
 
-class Project(torch.autograd.Function):
+class _Project(torch.autograd.Function):
     """The operator with its derivative, which `torch.func` can go through any number of times.
 
     An operator's own `register_autograd` can't be nested in `torch.func`, and a `jvp` of this can't
@@ -217,7 +231,8 @@ class Project(torch.autograd.Function):
 
     @staticmethod
     def forward(T: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> Tensor:
-        return _project_op(T, basis, C, left)
+        run = _project_op if _is_recorded(T) else _project_into_new
+        return run(T, basis, C, left)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
@@ -227,10 +242,10 @@ class Project(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (basis,) = ctx.saved_tensors
-        return Project.apply(gradient, basis, None, ctx.left), None, None, None
+        return projected(gradient, basis, None, ctx.left), None, None, None
 
 
-_project_op.register_autograd(Project.backward, setup_context=Project.setup_context)
+_project_op.register_autograd(_Project.backward, setup_context=_Project.setup_context)
 
 
 @_project_op.register_vmap
