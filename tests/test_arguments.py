@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from importlib import import_module
 
 import pytest
 import torch
@@ -69,11 +70,17 @@ def test_batches_of_batches_and_empty_ones(backend):
     assert "reference" in gk.explain(Ts.cpu(), bases.cpu()) or DEVICE != "cpu"
 
 
-def test_sixteen_bits_of_a_large_batch_are_converted_a_matrix_at_a_time():
+def test_sixteen_bits_of_a_large_batch_are_converted_a_part_at_a_time(monkeypatch):
     T = torch.randn(3, 700, 1024).half()
     bases = torch.stack([orthonormal(1024, 2, seed=s) for s in range(3)])
     each = torch.stack([gk.project(t, b) for t, b in zip(T, bases, strict=True)])
+    reference, sizes = import_module("grasp_kernels.project"), []
+    whole = reference._project_strip
+    monkeypatch.setattr(
+        reference, "_project_strip", lambda T, *more: sizes.append(T.numel()) or whole(T, *more)
+    )
     assert torch.equal(gk.project(T, bases), each)
+    assert max(sizes) * 4 <= reference.STRIP < T.numel() * 4
 
 
 @pytest.mark.parametrize("side", SIDES)
