@@ -251,6 +251,19 @@ def test_a_wrapper_of_other_tensors_is_refused():
         gk.project_(TwoTensor(T.clone(), T.clone()), V)
 
 
+def test_a_kind_of_parameter_is_a_tensor_like_others():
+    class Flat(torch.nn.Parameter):
+        pass
+
+    weights = [Flat(T.clone()), Flat(T.clone())]
+    expected = gk.project(T, V)
+    gk.project_(weights, V)
+    gk.Projector(weights, V)()
+    assert all(torch.allclose(w, expected, atol=1e-6) for w in weights)
+    with pytest.raises(ValueError, match="the same memory"):
+        gk.project_([weights[0], weights[0]], V)
+
+
 def test_tensors_without_values_keep_their_shapes():
     meta, basis = [T.to("meta"), T.to("meta")], V.to("meta")
     gk.project_(meta, basis)
