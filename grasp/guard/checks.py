@@ -43,6 +43,21 @@ def refuse_rounded(trained: Sequence[Trained]) -> None:
             )
 
 
+def refuse_dead_ends(found: Architecture) -> None:
+    """Refuse maps that end a gradient: what lies before them would train on a part of it.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for matrix in (m for block in found.blocks for m in block.matrices):
+        if not matrix.passes_gradients():
+            raise ValueError(
+                f"{matrix.name} ({type(matrix.base).__name__}) hands no gradient on: its kernel is "
+                "for inference alone, or evaluation has packed its weights for it; load the model "
+                "with a backend that trains, and attach before anything evaluates it"
+            )
+
+
 def tell_open(found: Architecture, trained: Sequence[Trained], guarded: Sequence[Guarded]) -> None:
     """Warn of what is trained and not covered, by either of its factors."""
     covered = {id(g.parameter) for g in guarded}

@@ -132,6 +132,7 @@ class Guard:
             found = inspect(self.model)
             trained = found.trained()
             checks.refuse_rounded(trained)
+            checks.refuse_dead_ends(found)
             weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None

@@ -12,6 +12,8 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from grasp.model.modes import evaluating, is_quantised
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -26,6 +28,8 @@ class Matrix:
     """Value: for each input of the writer, the output of this map that it copies, or -1."""
     scale: Tensor | None = None
     """Writer: the weight [d] of a norm between it and the residual stream, if there is one."""
+    taken: Tensor | None = None
+    """Of the dtype and on the device of what it takes in, and empty."""
 
     @property
     def base(self) -> nn.Module:
@@ -46,15 +50,18 @@ class Matrix:
 
         Through autograd, so that a quantised weight answers too.
         """
-        weight = next(chain(self.base.parameters(), self.base.buffers()))
-        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-        with torch.enable_grad():
-            x = torch.zeros(
-                vectors.shape[1], in_features(self.base), device=weight.device, dtype=dtype
-            ).requires_grad_()
-            y = self.base(x)
-            (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
+        x, y = self._run(vectors.shape[1])
+        (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
         return gradient.mT.float()
+
+    def passes_gradients(self) -> bool:
+        """Whether the pretrained map hands gradients on to what it takes in, if quantised."""
+        return not is_quantised(self.base) or self._run(1)[1].requires_grad
+
+    def _run(self, rows: int) -> tuple[Tensor, Tensor]:
+        with evaluating(self.base), torch.enable_grad():
+            x = self.taken.new_zeros(rows, in_features(self.base)).requires_grad_()
+            return x, self.base(x)
 
 
 @dataclass(frozen=True)
