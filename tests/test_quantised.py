@@ -16,6 +16,7 @@ import grasp
 from grasp import Guard
 from grasp.guard.trainer import CERTIFICATE
 from grasp.model import evaluating, inspect, load_adapter
+from grasp_kernels.testing import orthonormal
 from tests.models import PROMPTS, batch, train, trainable, with_lora
 from tests.test_guarantee import deltas, through
 from tests.test_trainer import arguments
@@ -228,3 +229,21 @@ def test_a_map_that_ends_gradients_is_refused(tmp_path):
         model(**batch())  # evaluated, and so packed for good
     with pytest.raises(ValueError, match=r"_proj \(Packed\) hands no gradient on.*that trains"):
         Guard(model, reference=PROMPTS, tokens=2).attach()
+
+
+@pytest.mark.parametrize("make", [lambda path: with_lora(dense(), TARGETS), *KINDS[:2]])
+def test_a_basis_that_fills_its_space_leaves_rounding_of_the_weight_beneath(tmp_path, make):
+    model = make(tmp_path).train()
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    given = grasp.Subspaces.from_bases({0: orthonormal(WIDTH, WIDTH, seed=0)})
+    with pytest.warns(UserWarning, match="can still be written"):
+        guard = Guard(model, given, optimizer=optimizer, indirect=False).attach()
+    train(model, optimizer, 3)
+    guard.detach()
+    found = guard.certificate()
+    assert found["holds"] and found["unmoved"] == list(guard.bases) and len(guard.bases) == 2
+    for said in found["modules"].values():
+        assert said["through"] is None and 0 < said["moved"] < 2.4e-7
+    train(model, optimizer, 1)  # unguarded
+    after = guard.certificate()
+    assert not after["holds"] and after["through"] == pytest.approx(1) and not after["unmoved"]

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from grasp.model.modes import evaluating, is_quantised
 
+PROBES = 16  # the estimate of a norm is off by its root at most, a quarter
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -40,10 +42,11 @@ class Matrix:
         return out_features(self.base)
 
     def norm(self) -> float:
-        """‖W‖ of the pretrained weight; 0 of a quantised one."""
-        weight = getattr(self.base, "weight", None)
-        known = isinstance(weight, Tensor) and weight.is_floating_point()
-        return float(weight.detach().float().norm()) if known else 0.0
+        """‖W‖ of the pretrained weight; of a quantised one from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
+        if not is_quantised(self.base):
+            return float(self.base.weight.detach().float().norm())
+        drawn = torch.rand(self.out_features, PROBES, generator=torch.Generator().manual_seed(0))
+        return float(self.back(drawn.round() * 2 - 1).norm()) / PROBES**0.5
 
     def back(self, vectors: Tensor) -> Tensor:
         """Wᵀ v of the pretrained weight, for the columns of `vectors [d_out, k]`: `[d_in, k]` fp32.
