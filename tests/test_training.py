@@ -179,3 +179,13 @@ def test_a_callback_that_joins_late_leaves_too(tmp_path, trained):
     except RuntimeError:
         pass
     assert hooks(t.model) == 0
+
+
+def test_a_training_that_moved_nothing_is_told(tmp_path):
+    t = trainer(
+        tmp_path, callback(rank=3), model=with_lora(build(), init_lora_weights="orthogonal")
+    )
+    with pytest.warns(UserWarning, match="no guarded weight moved beyond rounding.*larger r"):
+        t.train()
+    found = json.loads((tmp_path / CERTIFICATE).read_text())
+    assert found["holds"] and len(found["unmoved"]) == 28

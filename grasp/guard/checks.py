@@ -96,7 +96,10 @@ def tell_held(guarded: Sequence[Guarded], rank: int) -> None:
         )
         return
     whole = [
-        g.name for g in guarded for pin in g.pins()[1:] if pin.basis.shape[1] == pin.basis.shape[0]
+        g.name
+        for g in guarded
+        for pin in g.pins()
+        if pin.weight is g.partner and pin.basis.shape[1] == pin.basis.shape[0]
     ]
     if whole:
         warnings.warn(

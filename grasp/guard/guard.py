@@ -311,7 +311,8 @@ class Guard:
                 if block.index in self.subspaces:
                     U = self.subspaces[block.index].to(next(block.module.parameters()).device)
                     self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
-        self._steps = Steps([g.parameter for g in self.guarded])
+        partners = [g.trained.partner for g in self.guarded if g.partner]
+        self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
         if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
             raise ValueError(
                 "optimizer holds none of the guarded parameters; pass the one that trains the model"

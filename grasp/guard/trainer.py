@@ -117,6 +117,12 @@ class GraspCallback(TrainerCallback):
                 f"(through: {found['through']}; {path})",
                 stacklevel=2,
             )
+        elif len(found["unmoved"]) == len(found["modules"]):
+            warnings.warn(
+                "no guarded weight moved beyond rounding: what is blocked leaves them nothing to "
+                "learn, or nothing trained them; give a smaller read or rank, or a larger r",
+                stacklevel=2,
+            )
 
     def release(self) -> None:
         """Take the guard off the model, if it is on it."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from grasp.model.modes import evaluating, is_quantised
 
+PRODUCTS = ("ALora", "Velora", "MiCA")  # of PEFT's variants those that add B A x, if anything
 PROBES = 16  # the estimate of a norm is off by its root at most, a quarter
 
 
@@ -77,7 +78,7 @@ class Trained:
     matrix: Matrix
     holds: str = "outputs"  # or "inputs"
     partner: nn.Parameter | None = None
-    """Of a LoRA B, which starts at 0, the A that it is multiplied with; of the A, the B."""
+    """Of a LoRA B the A that it is multiplied with; of the A, the B. One of them may be frozen."""
 
     @property
     def zero_factor(self) -> nn.Parameter | None:
@@ -141,13 +142,10 @@ class Architecture:
         return [_reading(t) for t in self.trained() if t.parameter.ndim > 1]
 
     def untracked(self) -> list[str]:
-        """Trainable parameters that are neither `trained()` nor a LoRA A."""
-        tracked = {id(t.parameter) for t in self.trained()}
-        return [
-            name
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and id(p) not in tracked and ".lora_A." not in name
-        ]
+        """Trainable parameters that are neither `trained()` nor the A of a LoRA that is."""
+        tracked = {id(p) for t in self.trained() for p in (t.parameter, t.partner)}
+        named = self.model.named_parameters()
+        return [name for name, p in named if p.requires_grad and id(p) not in tracked]
 
 
 def base_name(model: nn.Module) -> str:
@@ -187,18 +185,17 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
     for adapter in _adapters(module):
         if not hasattr(module.lora_B[adapter], "weight"):
             break
-        parameter = module.lora_B[adapter].weight
-        known |= {id(parameter), id(module.lora_A[adapter].weight)}
-        if not parameter.requires_grad:
+        B, A, bias = module.lora_B[adapter].weight, module.lora_A[adapter].weight, None
+        if hasattr(module.lora_B[adapter], "bias"):
+            bias = module.lora_B[adapter].bias
+        known |= {id(B), id(A), id(bias)}
+        if not (B.requires_grad or A.requires_grad):
             continue
-        if adapter in getattr(module, "lora_magnitude_vector", {}):
-            raise ValueError(
-                f"{matrix.name} is trained with DoRA, whose magnitude rescales the pretrained "
-                "content along the factor too; train with LoRA (use_dora=False)"
-            )
-        A = module.lora_A[adapter].weight
+        _refuse_no_product(matrix, adapter)
         name = f"{matrix.name}.lora_B.{adapter}"
-        yield Trained(name, parameter, "left", matrix, partner=A)
+        yield Trained(name, B, "left", matrix, partner=A)
+        if bias is not None and bias.requires_grad:
+            yield Trained(f"{name}.bias", bias, "right", matrix)
     transposed = type(base).__name__ == "Conv1D"
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     known |= {id(weight), id(bias)}
@@ -213,6 +210,21 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
         yield Trained(f"{matrix.name}.weight", weight, side, matrix)
     if bias is not None and bias.requires_grad:
         yield Trained(f"{matrix.name}.bias", bias, "right", matrix)
+
+
+def _refuse_no_product(matrix: Matrix, adapter: str) -> None:
+    kind = type(getattr(matrix.module, "lora_variant", {}).get(adapter)).__name__
+    kind = kind.removesuffix("Variant").removesuffix("Linear")
+    if adapter in getattr(matrix.module, "lora_magnitude_vector", {}):
+        raise ValueError(
+            f"{matrix.name} is trained with DoRA, whose magnitude rescales the pretrained "
+            "content along the factor too; train with LoRA (use_dora=False)"
+        )
+    if kind != "NoneType" and kind not in PRODUCTS:
+        raise ValueError(
+            f"{matrix.name} is trained with {kind}, a LoRA whose update is not known to be a "
+            "product B A; train with LoRA (leave that out of LoraConfig)"
+        )
 
 
 def _reading(t: Trained) -> Trained:

@@ -1,6 +1,6 @@
 """States that a model is put into for a while, and what its modules are given."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from itertools import chain
 
@@ -51,6 +51,19 @@ def _switch(module: nn.Module, training: bool) -> None:
         return
     with suppress(NotImplementedError):  # a kernel that does not train
         module.train(training)
+
+
+@contextmanager
+def asking(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """All of the parameters ask for gradients, also those that are frozen."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 PLAIN = {  # what Unsloth and Axolotl bind on an attention, as its own maps do it
