@@ -315,7 +315,8 @@ class Guard:
         self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
         if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
             raise ValueError(
-                "optimizer holds none of the guarded parameters; pass the one that trains the model"
+                "optimizer holds none of the guarded parameters; pass the one that trains the "
+                "model, and none that steps inside the backward pass (layer-wise optimizers)"
             )
         self._handles.append(self._steps.before(self._before_step))
         self._handles.append(self._steps.after(self._after_step))

@@ -43,9 +43,10 @@ class Matrix:
         return out_features(self.base)
 
     def norm(self) -> float:
-        """‖W‖ of the pretrained weight; of a quantised one from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
-        if not is_quantised(self.base):
-            return float(self.base.weight.detach().float().norm())
+        """‖W‖ of the pretrained weight; where it is none, from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
+        weight = getattr(self.base, "weight", None)
+        if isinstance(weight, Tensor) and not is_quantised(self.base):
+            return float(weight.detach().float().norm())
         drawn = torch.rand(self.out_features, PROBES, generator=torch.Generator().manual_seed(0))
         return float(self.back(drawn.round() * 2 - 1).norm()) / PROBES**0.5
 

@@ -44,7 +44,11 @@ def inspect(model: nn.Module) -> Architecture:
         Block(i, f"{name}.{i}", block, _understand(trace, f"{name}.{i}", block, linears[i], width))
         for i, block in enumerate(blocks)
     )
-    others = [Matrix(n, m, "other") for n, m in outside.items() if id(m) in trace.order]
+    others = [
+        Matrix(n, m, "other", taken=trace.taken[id(m)])
+        for n, m in outside.items()
+        if id(m) in trace.order
+    ]
     return Architecture(model, width, found, tuple(others))
 
 
