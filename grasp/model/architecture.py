@@ -186,17 +186,12 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
     for adapter in _adapters(module):
         if not hasattr(module.lora_B[adapter], "weight"):
             break
-        B, A, bias = module.lora_B[adapter].weight, module.lora_A[adapter].weight, None
-        if hasattr(module.lora_B[adapter], "bias"):
-            bias = module.lora_B[adapter].bias
-        known |= {id(B), id(A), id(bias)}
+        B, A = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+        known |= {id(B), id(A)}
         if not (B.requires_grad or A.requires_grad):
             continue
         _refuse_no_product(matrix, adapter)
-        name = f"{matrix.name}.lora_B.{adapter}"
-        yield Trained(name, B, "left", matrix, partner=A)
-        if bias is not None and bias.requires_grad:
-            yield Trained(f"{name}.bias", bias, "right", matrix)
+        yield Trained(f"{matrix.name}.lora_B.{adapter}", B, "left", matrix, partner=A)
     transposed = type(base).__name__ == "Conv1D"
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     known |= {id(weight), id(bias)}
@@ -220,6 +215,11 @@ def _refuse_no_product(matrix: Matrix, adapter: str) -> None:
         raise ValueError(
             f"{matrix.name} is trained with DoRA, whose magnitude rescales the pretrained "
             "content along the factor too; train with LoRA (use_dora=False)"
+        )
+    if getattr(matrix.module.lora_B[adapter], "bias", None) is not None:
+        raise ValueError(
+            f"{matrix.name} is trained with a bias beside B A, which no basis of inputs holds; "
+            "train with LoRA (lora_bias=False)"
         )
     if kind != "NoneType" and kind not in PRODUCTS:
         raise ValueError(
