@@ -116,6 +116,14 @@ def test_pulls_back_through_a_writer():
     torch.testing.assert_close(writer.back(U), writer.base.weight.detach().mT @ U)
 
 
+def test_the_norm_of_a_quantised_weight_is_estimated_from_what_it_hands_back():
+    writer = inspect(build()).blocks[0].of_role("writer")[0]
+    exact = float(writer.base.weight.detach().norm())
+    assert writer.norm() == pytest.approx(exact, rel=1e-6)
+    writer.base.register_buffer("codes", torch.zeros(1, dtype=torch.int8))
+    assert writer.norm() != exact and writer.norm() == pytest.approx(exact, rel=0.25)
+
+
 def test_trained_parameters_of_lora_and_full():
     model = with_lora(build())
     trained = inspect(model).trained()

@@ -2,6 +2,8 @@
 
 import json
 import math
+import types
+import warnings
 
 import pytest
 import torch
@@ -179,3 +181,35 @@ def test_a_callback_that_joins_late_leaves_too(tmp_path, trained):
     except RuntimeError:
         pass
     assert hooks(t.model) == 0
+
+
+class Rebinds(Trainer):
+    """Puts a `train` of its own in the place of what the callback put there, as Unsloth's do."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.train = types.MethodType(type(self).train, self)
+
+
+def test_a_trainer_that_rebinds_its_training_lets_go_too(tmp_path):
+    hold = callback()
+    model = with_lora(build(), r=8)
+    t = trainer(tmp_path, hold, Stops(2, RuntimeError), model=model, kind=Rebinds)
+    with pytest.raises(RuntimeError):
+        t.train()
+    assert hooks(t.model) == 0
+    before = deltas(t.model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        t.train()
+    assert hooks(t.model) == 0 and through(hold.guard, before, deltas(t.model)) <= 2e-6
+
+
+def test_a_training_that_moved_nothing_is_told(tmp_path):
+    t = trainer(
+        tmp_path, callback(rank=3), model=with_lora(build(), init_lora_weights="orthogonal")
+    )
+    with pytest.warns(UserWarning, match="no guarded weight moved beyond rounding.*larger r"):
+        t.train()
+    found = json.loads((tmp_path / CERTIFICATE).read_text())
+    assert found["holds"] and len(found["unmoved"]) == 28

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import grasp_kernels as gk
 from grasp.bases.inputs import input_bases
 from grasp.data import Continued, Reference
-from grasp.model import Trained, evaluating, processes
+from grasp.model import Trained, asking, evaluating, processes
 
 DIRECTIONS = ("drift", "random", "shuffled", "bottom")
 
@@ -182,12 +182,10 @@ class Growth:
 
     def _measure(self, model: nn.Module, growing: Sequence[Growing], step: int) -> None:
         """Average the gradient of the divergence from the base on a few of the prompts."""
-        with evaluating(model), torch.enable_grad():
-            gradients = torch.autograd.grad(
-                self._divergence(model, step),
-                [g.trained.parameter for g in growing],
-                allow_unused=True,
-            )
+        parameters = [g.trained.parameter for g in growing]
+        with evaluating(model), asking(parameters), torch.enable_grad():
+            divergence = self._divergence(model, step)
+            gradients = torch.autograd.grad(divergence, parameters, allow_unused=True)
         for g, D in zip(growing, gradients, strict=True):
             if D is not None and bool(D.isfinite().all()):
                 D = D.float()

@@ -63,9 +63,7 @@ def _writer_basis(writer: Matrix, U: Tensor) -> Tensor:
 
 def _value_basis(value: Matrix, U: Tensor) -> Tensor:
     """Columns for each query head that reads the same value head, so that none is a way round."""
-    reach = value.writer.back(
-        U.to(next(value.base.parameters()).device)
-    ).cpu()  # [d_in of writer, k]
+    reach = value.writer.back(U).cpu()  # [d_in of writer, k]
     select = value.select.cpu()
     nth = torch.zeros_like(select)  # which of the copies of its output each input of the writer is
     seen: dict[int, int] = {}
@@ -123,7 +121,7 @@ def _hidden_bases(
     found: dict[str, Tensor] = {}
     for _, m in hidden:
         U = bases[m.writer.name]
-        reach = m.writer.back(U.to(device))  # [d_in of writer, k]
+        reach = m.writer.back(U)  # [d_in of writer, k]
         x = inputs[m.writer.name]
         rows = [
             torch.autograd.grad(x, outputs[m.name], r.to(x).expand_as(x), retain_graph=True)[0]

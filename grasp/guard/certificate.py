@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -11,21 +12,49 @@ EXACT = 1e-6  # of ΔW that may lie in a basis
 ROUNDINGS = 4  # of the weight that training began with, each ε/2 of its norm: measured 1 to 2
 
 
-def bound(g: Guarded, change: Change) -> float:
-    """What may get through: 1e-6, or what rounding to the weight's dtype adds, if that is more.
+class Judged(NamedTuple):
+    """A change, and what there is to judge it by."""
 
-        max(1e-6, ε/2, 4 · ε/2 · ‖W₀‖ / ‖ΔW‖)      ε of the dtype
+    change: Change
+    half: float  # ε/2 of the dtype: that of the training, or of a whole weight if it is finer
+    start: float  # ‖W₀‖ of what rounding goes by
 
-    A weight that training did not begin with 0 is rounded as a whole at each step, so what it does
-    along a basis is kept to that rounding, however little it moves otherwise. A basis that fills
-    its whole space leaves ΔW nothing but rounding, which is set against the weight beneath.
-    """
-    dtypes = [g.parameter.dtype] if g.partner else [g.parameter.dtype, g.weight.kept.dtype]
-    half = min(torch.finfo(dtype).eps for dtype in dtypes) / 2  # of the training, of a whole weight
-    start = change.start
-    if g.basis.shape[1] == g.basis.shape[0]:
-        start = max(start, g.trained.matrix.norm())
-    return max(EXACT, half, ROUNDINGS * half * start / change.size if change.size > 0 else 0.0)
+    @classmethod
+    def of(cls, g: Guarded) -> "Judged":
+        dtypes = [g.parameter.dtype] if g.partner else [g.parameter.dtype, g.weight.kept.dtype]
+        change = g.change()
+        start = change.start
+        if g.basis.shape[1] == g.basis.shape[0]:
+            start = max(start, g.trained.matrix.norm())
+        return cls(change, min(torch.finfo(dtype).eps for dtype in dtypes) / 2, start)
+
+    @property
+    def rounding(self) -> float:
+        """How far a weight may go by rounding alone: 4 · ε/2 · ‖W₀‖, 0 of one that began with 0."""
+        return ROUNDINGS * self.half * self.start
+
+    @property
+    def still(self) -> bool:
+        """Whether it did not move beyond rounding, so that no share of ΔW says anything."""
+        return self.change.size <= self.rounding
+
+    def verdict(self) -> dict:
+        """What may get through is 1e-6, or what rounding to the weight's dtype adds, if more.
+
+            through = ‖UᵀΔW‖ / ‖ΔW‖  ≤  max(1e-6, ε/2, rounding / ‖ΔW‖)  <  1
+
+        A weight that training did not begin with 0 is rounded as a whole at each step, so what it
+        does along a basis is kept to that rounding, however little it moves otherwise. A basis that
+        fills its whole space leaves ΔW nothing but rounding, which is set against the weight
+        beneath. What is all rounding has neither share nor bound, and holds: ‖UᵀΔW‖ is no more.
+        """
+        change = self.change
+        if change.size > 0 and self.still:
+            found = {"through": None, "bound": None, "holds": change.inside <= self.rounding}
+        else:
+            bound = max(EXACT, self.half, self.rounding / change.size if change.size > 0 else 0.0)
+            found = {"through": change.through, "bound": bound, "holds": change.through <= bound}
+        return found | ({"moved": change.size / self.start} if self.start > 0 else {})
 
 
 def certificate(guarded: Sequence[Guarded], uncovered: Sequence[str] = ()) -> dict:
@@ -37,23 +66,26 @@ def certificate(guarded: Sequence[Guarded], uncovered: Sequence[str] = ()) -> di
 
     Returns:
         `holds`: every weight is finite, nothing more got through than its `bound`, and nothing is
-        uncovered. `through`: the most of any module; None if a weight is NaN or infinite.
-        `finite`, `uncovered`, and `modules`: `Guarded.leak` with `bound`, `holds`, and of weights
-        that training did not begin with 0 `moved`, ‖ΔW‖ / ‖W₀‖.
+        uncovered. `through`: the most of any module that moved; None if a weight is NaN or
+        infinite. `unmoved`: modules that did not move beyond rounding, whose `through` and `bound`
+        are None. `finite`, `uncovered`, and `modules`: `rank`, `blocked`, `through`, `bound`,
+        `holds`, and `moved`, ‖ΔW‖ / ‖W₀‖, of weights that training did not begin with 0.
     """
-    modules = {}
+    modules, through, unmoved = {}, [0.0], []
     for g in guarded:
-        change = g.change()
-        found = g.leak(change) | {"bound": bound(g, change)}
-        found["holds"] = math.isfinite(change.through) and change.through <= found["bound"]
-        if change.start > 0:
-            found["moved"] = change.size / change.start
+        judged = Judged.of(g)
+        found = g.leak(judged.change) | judged.verdict()
         modules[g.name] = {k: finite(v) for k, v in found.items()}
-    through = [m["through"] for m in modules.values()]
+        if judged.still:
+            unmoved.append(g.name)
+        else:
+            through.append(judged.change.through)
+    all_finite = all(map(math.isfinite, through))
     return {
-        "holds": all(m["holds"] for m in modules.values()) and not uncovered,
-        "through": None if None in through else max(through),
-        "finite": None not in through,
+        "holds": all(m["holds"] for m in modules.values()) and all_finite and not uncovered,
+        "through": max(through) if all_finite else None,
+        "finite": all_finite,
+        "unmoved": unmoved,
         "uncovered": list(uncovered),
         "modules": modules,
     }

@@ -43,6 +43,21 @@ def refuse_rounded(trained: Sequence[Trained]) -> None:
             )
 
 
+def refuse_dead_ends(found: Architecture) -> None:
+    """Refuse maps that end a gradient: what lies before them would train on a part of it.
+
+    Raises:
+        ValueError: names the first.
+    """
+    for matrix in (m for block in found.blocks for m in block.matrices):
+        if not matrix.passes_gradients():
+            raise ValueError(
+                f"{matrix.name} ({type(matrix.base).__name__}) hands no gradient on: its kernel is "
+                "for inference alone, or evaluation has packed its weights for it; load the model "
+                "with a backend that trains, and attach before anything evaluates it"
+            )
+
+
 def tell_open(found: Architecture, trained: Sequence[Trained], guarded: Sequence[Guarded]) -> None:
     """Warn of what is trained and not covered, by either of its factors."""
     covered = {id(g.parameter) for g in guarded}
@@ -81,7 +96,10 @@ def tell_held(guarded: Sequence[Guarded], rank: int) -> None:
         )
         return
     whole = [
-        g.name for g in guarded for pin in g.pins()[1:] if pin.basis.shape[1] == pin.basis.shape[0]
+        g.name
+        for g in guarded
+        for pin in g.pins()
+        if pin.weight is g.partner and pin.basis.shape[1] == pin.basis.shape[0]
     ]
     if whole:
         warnings.warn(

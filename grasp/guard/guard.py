@@ -132,6 +132,7 @@ class Guard:
             found = inspect(self.model)
             trained = found.trained()
             checks.refuse_rounded(trained)
+            checks.refuse_dead_ends(found)
             weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None
@@ -310,10 +311,12 @@ class Guard:
                 if block.index in self.subspaces:
                     U = self.subspaces[block.index].to(next(block.module.parameters()).device)
                     self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
-        self._steps = Steps([g.parameter for g in self.guarded])
+        partners = [g.trained.partner for g in self.guarded if g.partner]
+        self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
         if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
             raise ValueError(
-                "optimizer holds none of the guarded parameters; pass the one that trains the model"
+                "optimizer holds none of the guarded parameters; pass the one that trains the "
+                "model, and none that steps inside the backward pass (layer-wise optimizers)"
             )
         self._handles.append(self._steps.before(self._before_step))
         self._handles.append(self._steps.after(self._after_step))

@@ -100,11 +100,10 @@ class Guarded:
         carried = self.pinned.mT if self.left else self.pinned  # [r, k]
         U, S, _ = torch.linalg.svd(carried.double(), full_matrices=False)
         Q = U[:, S > SHARE * float(self.weight.start().double().norm())].float()
-        if not Q.shape[1]:
-            return [own]
         T = self.partner.start().float()
         across = ("left", Q, Q.mT @ T) if self.left else ("right", Q, T @ Q)
-        return [own, Pin(self.partner, *across)]
+        pins = [own, Pin(self.partner, *across)] if Q.shape[1] else [own]
+        return [pin for pin in pins if pin.weight.local.requires_grad]  # others stay as they began
 
     def change(self) -> "Change":
         """How far the weight is from where it began, and how much of that lies in the basis."""
@@ -123,7 +122,8 @@ class Guarded:
         B0, A0 = _exact(B.start()), _exact(A.start())
         D = B1 @ A1 - B0 @ A0
         inside = U.mT @ D if self.left else D @ U
-        return Change(float(D.norm()), float(inside.norm()), _product_norm(B0, A0))
+        factors = float(B0.norm() * A0.norm()) / len(A0) ** 0.5
+        return Change(float(D.norm()), float(inside.norm()), max(_product_norm(B0, A0), factors))
 
     def leak(self, change: "Change | None" = None) -> dict[str, float]:
         """Its rank, the share of the gradient's energy that was blocked, and what got through."""
@@ -135,7 +135,10 @@ class Guarded:
 
 
 class Change(NamedTuple):
-    """Frobenius norms of ΔW, of what of it lies in a basis, and of what training began with."""
+    """Frobenius norms of ΔW, of what of it lies in a basis, and of what training began with.
+
+    Of a LoRA B₀ A₀ that is ‖B₀‖ ‖A₀‖ / √r if that is more: factors are rounded, not their product.
+    """
 
     size: float
     inside: float
@@ -170,7 +173,8 @@ class Projections:
     def __init__(self, guarded: Sequence[Guarded], gradients: bool):
         groups: dict[tuple, list[tuple[Guarded, Pin]]] = {}
         for g in guarded:  # a weight that is kept off outputs and inputs is listed for each
-            for n, pin in enumerate(g.pins()[:1] if gradients else g.pins()):
+            pins = [p for p in g.pins() if p.weight is g.weight or not gradients]
+            for n, pin in enumerate(pins):
                 groups.setdefault((n, g.trained.holds, pin.side), []).append((g, pin))
         self.gradients = gradients
         self.projectors = [

@@ -34,7 +34,8 @@ class GraspCallback(TrainerCallback):
 
     Attaches when training begins, pins the weights after each optimizer step, saves its state with
     every checkpoint and takes it up on resuming, logs `grasp/…`, and leaves a certificate of what
-    was blocked, `grasp.json`, in the output folder. However training ends, the guard goes with it.
+    was blocked, `grasp.json`, in the output folder, or in that of each trial of a hyperparameter
+    search. However training ends, the guard goes with it.
 
     Args:
         subspaces: as `Guard`.
@@ -90,9 +91,7 @@ class GraspCallback(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         if state.is_world_process_zero:
-            loop = calling()
-            folder = Path(args.output_dir if loop is None else loop.folder)
-            self.guard.save(folder / f"checkpoint-{state.global_step}" / STATE)
+            self.guard.save(_folder(args) / f"checkpoint-{state.global_step}" / STATE)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if self.guard is None or logs is None:
@@ -111,11 +110,17 @@ class GraspCallback(TrainerCallback):
         if best and (Path(best) / STATE).exists():
             self.guard.judge_by(Path(best) / STATE)  # it was held off the bases that there were
         found = self.guard.certificate()
-        path = write_json(Path(args.output_dir) / CERTIFICATE, found)
+        path = write_json(_folder(args) / CERTIFICATE, found)
         if not found["holds"]:
             warnings.warn(
                 f"the guarantee does not hold for the model that is kept: {why(found)} "
                 f"(through: {found['through']}; {path})",
+                stacklevel=2,
+            )
+        elif len(found["unmoved"]) == len(found["modules"]):
+            warnings.warn(
+                "no guarded weight moved beyond rounding: what is blocked leaves them nothing to "
+                "learn, or nothing trained them; give a smaller read or rank, or a larger r",
                 stacklevel=2,
             )
 
@@ -145,7 +150,7 @@ class Loop(NamedTuple):
 
     trainer: Trainer
     resumed_from: str | None
-    folder: str  # of checkpoints: a trial of a hyperparameter search has its own
+    folder: str  # of all that is kept: a trial of a hyperparameter search has its own
     run: Any  # what `train` calls to train, and lets go of when it ends
 
 
@@ -195,10 +200,18 @@ def release_at_the_end(callback: GraspCallback, trainer: Trainer) -> bool:
         finally:
             callback.training = False
             callback.release()
+            if getattr(trainer, "hp_search_backend", None) is not None:
+                callback.guard = None  # or a trial's model stays beside the next one's
 
     released.releases = callback
     trainer.train = released
     return True
+
+
+def _folder(args) -> Path:
+    """Where the Trainer that is calling keeps what it trains."""
+    loop = calling()
+    return Path(args.output_dir if loop is None else loop.folder)
 
 
 def _saved(args, state, loop: Loop | None) -> Path:

@@ -10,7 +10,7 @@ from grasp.model.architecture import (
     lora_update,
 )
 from grasp.model.loading import adapted, load_adapter, load_model
-from grasp.model.modes import base_model, evaluating, given, unfused
+from grasp.model.modes import asking, base_model, evaluating, given, unfused
 from grasp.model.probe import inspect
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Matrix",
     "Trained",
     "adapted",
+    "asking",
     "base_model",
     "base_name",
     "evaluating",

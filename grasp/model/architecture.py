@@ -12,6 +12,11 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
+from grasp.model.modes import evaluating, is_quantised
+
+PRODUCTS = ("ALora", "Velora", "MiCA")  # of PEFT's variants those that add B A x, if anything
+PROBES = 16  # the estimate of a norm is off by its root at most, a quarter
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -26,6 +31,8 @@ class Matrix:
     """Value: for each input of the writer, the output of this map that it copies, or -1."""
     scale: Tensor | None = None
     """Writer: the weight [d] of a norm between it and the residual stream, if there is one."""
+    taken: Tensor | None = None
+    """Of the dtype and on the device of what it takes in, and empty."""
 
     @property
     def base(self) -> nn.Module:
@@ -36,25 +43,30 @@ class Matrix:
         return out_features(self.base)
 
     def norm(self) -> float:
-        """‖W‖ of the pretrained weight; 0 of a quantised one."""
+        """‖W‖ of the pretrained weight; where it is none, from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
         weight = getattr(self.base, "weight", None)
-        known = isinstance(weight, Tensor) and weight.is_floating_point()
-        return float(weight.detach().float().norm()) if known else 0.0
+        if isinstance(weight, Tensor) and not is_quantised(self.base):
+            return float(weight.detach().float().norm())
+        drawn = torch.rand(self.out_features, PROBES, generator=torch.Generator().manual_seed(0))
+        return float(self.back(drawn.round() * 2 - 1).norm()) / PROBES**0.5
 
     def back(self, vectors: Tensor) -> Tensor:
         """Wᵀ v of the pretrained weight, for the columns of `vectors [d_out, k]`: `[d_in, k]` fp32.
 
         Through autograd, so that a quantised weight answers too.
         """
-        weight = next(chain(self.base.parameters(), self.base.buffers()))
-        dtype = weight.dtype if weight.is_floating_point() else torch.bfloat16
-        with torch.enable_grad():
-            x = torch.zeros(
-                vectors.shape[1], in_features(self.base), device=weight.device, dtype=dtype
-            ).requires_grad_()
-            y = self.base(x)
-            (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
+        x, y = self._run(vectors.shape[1])
+        (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
         return gradient.mT.float()
+
+    def passes_gradients(self) -> bool:
+        """Whether the pretrained map hands gradients on to what it takes in, if quantised."""
+        return not is_quantised(self.base) or self._run(1)[1].requires_grad
+
+    def _run(self, rows: int) -> tuple[Tensor, Tensor]:
+        with evaluating(self.base), torch.enable_grad():
+            x = self.taken.new_zeros(rows, in_features(self.base)).requires_grad_()
+            return x, self.base(x)
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class Trained:
     matrix: Matrix
     holds: str = "outputs"  # or "inputs"
     partner: nn.Parameter | None = None
-    """Of a LoRA B, which starts at 0, the A that it is multiplied with; of the A, the B."""
+    """Of a LoRA B the A that it is multiplied with; of the A, the B. One of them may be frozen."""
 
     @property
     def zero_factor(self) -> nn.Parameter | None:
@@ -131,13 +143,10 @@ class Architecture:
         return [_reading(t) for t in self.trained() if t.parameter.ndim > 1]
 
     def untracked(self) -> list[str]:
-        """Trainable parameters that are neither `trained()` nor a LoRA A."""
-        tracked = {id(t.parameter) for t in self.trained()}
-        return [
-            name
-            for name, p in self.model.named_parameters()
-            if p.requires_grad and id(p) not in tracked and ".lora_A." not in name
-        ]
+        """Trainable parameters that are neither `trained()` nor the A of a LoRA that is."""
+        tracked = {id(p) for t in self.trained() for p in (t.parameter, t.partner)}
+        named = self.model.named_parameters()
+        return [name for name, p in named if p.requires_grad and id(p) not in tracked]
 
 
 def base_name(model: nn.Module) -> str:
@@ -177,18 +186,12 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
     for adapter in _adapters(module):
         if not hasattr(module.lora_B[adapter], "weight"):
             break
-        parameter = module.lora_B[adapter].weight
-        known |= {id(parameter), id(module.lora_A[adapter].weight)}
-        if not parameter.requires_grad:
+        B, A = module.lora_B[adapter].weight, module.lora_A[adapter].weight
+        known |= {id(B), id(A)}
+        if not (B.requires_grad or A.requires_grad):
             continue
-        if adapter in getattr(module, "lora_magnitude_vector", {}):
-            raise ValueError(
-                f"{matrix.name} is trained with DoRA, whose magnitude rescales the pretrained "
-                "content along the factor too; train with LoRA (use_dora=False)"
-            )
-        A = module.lora_A[adapter].weight
-        name = f"{matrix.name}.lora_B.{adapter}"
-        yield Trained(name, parameter, "left", matrix, partner=A)
+        _refuse_no_product(matrix, adapter)
+        yield Trained(f"{matrix.name}.lora_B.{adapter}", B, "left", matrix, partner=A)
     transposed = type(base).__name__ == "Conv1D"
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     known |= {id(weight), id(bias)}
@@ -203,6 +206,26 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
         yield Trained(f"{matrix.name}.weight", weight, side, matrix)
     if bias is not None and bias.requires_grad:
         yield Trained(f"{matrix.name}.bias", bias, "right", matrix)
+
+
+def _refuse_no_product(matrix: Matrix, adapter: str) -> None:
+    kind = type(getattr(matrix.module, "lora_variant", {}).get(adapter)).__name__
+    kind = kind.removesuffix("Variant").removesuffix("Linear")
+    if adapter in getattr(matrix.module, "lora_magnitude_vector", {}):
+        raise ValueError(
+            f"{matrix.name} is trained with DoRA, whose magnitude rescales the pretrained "
+            "content along the factor too; train with LoRA (use_dora=False)"
+        )
+    if getattr(matrix.module.lora_B[adapter], "bias", None) is not None:
+        raise ValueError(
+            f"{matrix.name} is trained with a bias beside B A, which no basis of inputs holds; "
+            "train with LoRA (lora_bias=False)"
+        )
+    if kind != "NoneType" and kind not in PRODUCTS:
+        raise ValueError(
+            f"{matrix.name} is trained with {kind}, a LoRA whose update is not known to be a "
+            "product B A; train with LoRA (leave that out of LoraConfig)"
+        )
 
 
 def _reading(t: Trained) -> Trained:

@@ -1,7 +1,8 @@
 """States that a model is put into for a while, and what its modules are given."""
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 
 from torch import Tensor, nn
 
@@ -15,14 +16,54 @@ def base_model(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode it was in, which may be mixed."""
+    """Without dropout; afterwards every module is in the mode it was in, which may be mixed.
+
+    Quantised maps are as in training: in evaluation some run without autograd (AWQ), or are packed
+    anew and stay so, which no gradient passes from then on (bitsandbytes on a CPU).
+    """
     modes = {m: m.training for m in model.modules()}
-    model.eval()
+    for module in modes:
+        _switch(module, is_quantised(module))
     try:
         yield
     finally:
         for module, training in modes.items():
-            module.training = training
+            _switch(module, training)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it maps vectors to vectors, quantised or not: of no such class need it be."""
+    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        return True
+    return {"in_features", "out_features"} <= vars(module).keys() and not list(module.children())
+
+
+def is_quantised(module: nn.Module) -> bool:
+    """Whether it is a linear map that holds something other than floating-point numbers."""
+    held = chain(module.parameters(recurse=False), module.buffers(recurse=False))
+    return is_linear(module) and not all(T.is_floating_point() for T in held)
+
+
+def _switch(module: nn.Module, training: bool) -> None:
+    """As `train` does, for the module alone: kernels lay their weights out anew in it."""
+    if not is_quantised(module):
+        module.training = training
+        return
+    with suppress(NotImplementedError):  # a kernel that does not train
+        module.train(training)
+
+
+@contextmanager
+def asking(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """All of the parameters ask for gradients, also those that are frozen."""
+    frozen = [p for p in parameters if not p.requires_grad]
+    for p in frozen:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p in frozen:
+            p.requires_grad_(False)
 
 
 PLAIN = {  # what Unsloth and Axolotl bind on an attention, as its own maps do it

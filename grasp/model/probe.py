@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
-from grasp.model.modes import evaluating, given, unfused
+from grasp.model.modes import evaluating, given, is_linear, unfused
 
 PROBE_TOKEN = 1
 
@@ -44,7 +44,11 @@ def inspect(model: nn.Module) -> Architecture:
         Block(i, f"{name}.{i}", block, _understand(trace, f"{name}.{i}", block, linears[i], width))
         for i, block in enumerate(blocks)
     )
-    others = [Matrix(n, m, "other") for n, m in outside.items() if id(m) in trace.order]
+    others = [
+        Matrix(n, m, "other", taken=trace.taken[id(m)])
+        for n, m in outside.items()
+        if id(m) in trace.order
+    ]
     return Architecture(model, width, found, tuple(others))
 
 
@@ -69,7 +73,7 @@ def _lists(model: nn.Module, prefix: str) -> dict[str, nn.ModuleList]:
         inside = any(name.startswith(outer + ".") for outer in found)
         if not isinstance(module, nn.ModuleList) or len(module) == 0 or inside:
             continue
-        if any(_is_linear(m) for m in module.modules()):
+        if any(is_linear(m) for m in module.modules()):
             found[name] = module
     return found
 
@@ -111,7 +115,7 @@ def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules(prefix=prefix):
         inside = any(name.startswith(outer + ".") for outer in found)
-        if not inside and _is_linear(getattr(module, "base_layer", module)):
+        if not inside and is_linear(getattr(module, "base_layer", module)):
             found[name] = module
     return found
 
@@ -126,7 +130,7 @@ def _outside(
         for name, module in model.named_modules()
         if not name.startswith(blocks + ".")
         and id(module) not in known
-        and _is_linear(getattr(module, "base_layer", module))
+        and is_linear(getattr(module, "base_layer", module))
         and any(
             p.requires_grad for B in getattr(module, "lora_B", {}).values() for p in B.parameters()
         )
@@ -142,13 +146,6 @@ def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]
                 "experts, or a layer of another kind), so it can't be guarded; train the attention "
                 "alone, or the linear maps"
             )
-
-
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it maps vectors to vectors, quantised or not: of no such class need it be."""
-    if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
-        return True
-    return {"in_features", "out_features"} <= vars(module).keys() and not list(module.children())
 
 
 class _Trace:
@@ -168,6 +165,7 @@ class _Trace:
         self.linears = [m for found in blocks for m in found.values()]
         self.watched = [*self.linears, *outside.values()]
         self.norm_of: dict[int, nn.Module] = {}
+        self.taken: dict[int, Tensor] = {}
         self.inputs = self._run({})
         self.order = {key: n for n, key in enumerate(self.inputs)}  # as they ran
         flat = {id(m): torch.tensor(0.5) for m in self.linears}
@@ -186,7 +184,9 @@ class _Trace:
         produced: dict[int, tuple[int, Tensor]] = {}  # holding the tensors keeps ids unique
 
         def linear_hook(module, args, kwargs, output):
-            inputs[id(module)] = given(args, kwargs).detach().float().reshape(-1)
+            x = given(args, kwargs).detach()
+            self.taken[id(module)] = x.new_empty(0)
+            inputs[id(module)] = x.float().reshape(-1)
             if not isinstance(output, Tensor):  # a router, which hands on its choice as well
                 return None
             if id(module) in outputs:
@@ -241,7 +241,10 @@ def _understand(
         *others, last = names
         writer = _writer(trace, last, linears[last], width)
         if writer is None:  # a router, or a branch whose last map is no writer
-            matrices += [Matrix(name, linears[name], "other") for name in names]
+            matrices += [
+                Matrix(name, linears[name], "other", taken=trace.taken[id(linears[name])])
+                for name in names
+            ]
             continue
         matrices.append(writer)
         matrices += [_source(trace, name, linears[name], writer) for name in others]
@@ -265,23 +268,23 @@ def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix |
         return None
     norm = trace.norm_of.get(id(module))
     if norm is None:
-        return Matrix(name, module, "writer")
+        return Matrix(name, module, "writer", taken=trace.taken[id(module)])
     device = next(norm.parameters()).device
     with torch.no_grad():  # an RMS norm maps ones to its weight, whatever it adds to that weight
         ones = torch.ones(1, width, device=device, dtype=norm.weight.dtype)
         scale, double = norm(ones).float()[0], norm(-ones).float()[0]
     if not torch.allclose(scale, -double):  # a norm with a bias or a mean
         return None
-    return Matrix(name, module, "writer", scale=scale)
+    return Matrix(name, module, "writer", scale=scale, taken=trace.taken[id(module)])
 
 
 def _source(trace: _Trace, name: str, module: nn.Module, writer: Matrix) -> Matrix:
     low, high = (seen[id(writer.module)] for seen in trace.coded[id(module)])
-    code = _code(module).to(low)
+    code, taken = _code(module).to(low), trace.taken[id(module)]
     index = (low.abs() - 1 + 128 * (high.abs() - 1)).round().long()
     named = code[:, index.clamp(0, code.shape[1] - 1)]
     if torch.equal(low, trace.flat[id(writer.module)]):
-        return Matrix(name, module, "reader", writer)
+        return Matrix(name, module, "reader", writer, taken=taken)
     if torch.equal(named, torch.stack([low, high])):
-        return Matrix(name, module, "value", writer, select=index)
-    return Matrix(name, module, "hidden", writer)
+        return Matrix(name, module, "value", writer, select=index, taken=taken)
+    return Matrix(name, module, "hidden", writer, taken=taken)
