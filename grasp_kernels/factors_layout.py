@@ -35,8 +35,12 @@ class Group(NamedTuple):
 class Layout:
     """Groups, pieces and places of a launch."""
 
-    def __init__(self, rows: Sequence[Row], options: dict, lead: int):
+    def __init__(self, rows: Sequence[Row], options: dict, resident: int):
+        """For `resident` programs at a time."""
         self.options = options
+        # Sums run ahead of what needs them: by as much as all programs do where a piece is long,
+        # by less where that keeps what is read again in the second-level cache.
+        self.lead = resident // 4 if options["WHOLE"] else resident
         self.groups: list[Group] = []
         self.owners: list[int] = []
         """The matrix that each row of the launch is of."""
@@ -54,7 +58,7 @@ class Layout:
                 self.within.append((i * apart[0] * size, i * apart[1] * size))
                 self.pinned.append(row.C + 4 * i * row.C_n if row.C else 0)
                 self.owners.append(owner)
-        self.pieces = self._pieces(lead)
+        self.pieces = self._pieces()
 
     def _add_group(self, row: Row, n: int) -> None:
         BR, KB, length = (self.options[name] for name in ("BR", "KB", "LENGTH"))
@@ -68,10 +72,10 @@ class Layout:
         self.scratch = energy + (parts + blocks) * BR
         self.counters += 1 + blocks
 
-    def _pieces(self, lead: int) -> list[tuple[int, int, int]]:
+    def _pieces(self) -> list[tuple[int, int, int]]:
         """(group, block of columns or −1, part), in the order that programs draw them.
 
-        Sums run `lead` pieces ahead of what needs them. Groups that share a basis go side by side,
+        Sums run `lead` pieces ahead. Groups that share a basis go side by side,
         so that its columns are read from memory once.
         """
         KB, BD, whole = (self.options[name] for name in ("KB", "BD", "WHOLE"))
@@ -85,7 +89,7 @@ class Layout:
             due += [(summed + i, piece) for i, piece in enumerate(sums)]
             summed += len(sums)
             stretches = range(-(-group.d // (group.length if whole else BD)))
-            due += [(summed + lead, (g, -1, e)) for e, g in product(stretches, together)]
+            due += [(summed + self.lead, (g, -1, e)) for e, g in product(stretches, together)]
         return [piece for _, piece in sorted(due, key=lambda entry: entry[0])]
 
 
@@ -112,8 +116,8 @@ def tiling(code: int, left: bool, k: int, height: int) -> dict:
     BR = 16 if height <= 16 else MOST
     KB = min(WIDE, max(16, 1 << (k - 1).bit_length()))
     wide = k > WIDE
-    sizes = {"BR": BR, "KB": KB, "STAGES": 4 if wide else 3, "LENGTH": 4096 if wide else 512}
-    warps = 4 if wide else max(1, KB * BR // 512)
+    sizes = {"BR": BR, "KB": KB, "STAGES": 4, "LENGTH": 4096 if wide else 512}
+    warps = 4 if wide else 1 if KB * BR == 256 else max(2, KB * BR // 512)
     # All the registers there are: left to itself the assembler spills some to run more programs.
     launch = {"num_warps": warps, "maxnreg": 255}
     return {"CODE": code, "LEFT": left, **sizes, "BD": 32, "WHOLE": not wide, **launch}

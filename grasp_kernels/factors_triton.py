@@ -309,7 +309,7 @@ class Launch:
     def __init__(self, rows: Sequence[Row], device: torch.device, options: dict):
         self.device, self.options = device, options
         resident = _resident(device, options)
-        laid = Layout(rows, options, lead=resident)
+        laid = Layout(rows, options, resident)
         self.owners, self.count = laid.owners, len(laid.owners)
         self.pieces, self.sizes = len(laid.pieces), (laid.scratch, laid.counters)
         self.grid = (min(self.pieces, resident),)

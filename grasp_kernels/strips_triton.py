@@ -235,13 +235,14 @@ def launches(rows: Sequence[Row], device: torch.device) -> list[tuple[Launch, li
 def tiling(code: int, left: bool, k: int) -> dict:
     """The kernel's constants and warps: without spilled registers on any architecture.
 
-    A strip is 64 bytes across, two sectors of memory, and reads the basis twice: a narrower one
-    would read more of the basis than of `T`.
+    A strip is 128 bytes across and reads the basis twice: a narrower one would read more of the
+    basis than of `T`.
     """
     exact = code == CODES[torch.float32]
     KP = max(16, triton.next_power_of_2(k))
-    BD = 64 if exact or KP == 64 else 4096 // KP
-    sizes = {"KP": KP, "BS": 16 if exact else 32, "BD": BD, "STAGES": 4 if KP * BD < 4096 else 3}
+    sizes = {"KP": KP, "BS": 32 if exact else 64, "BD": 64, "STAGES": 4 if KP < 64 else 3}
+    if exact and left and KP == 64:
+        sizes |= {"BS": 16}
     # All the registers there are: left to itself the assembler spills some to run more programs.
     return {"CODE": code, "LEFT": left, **sizes, "num_warps": 8, "maxnreg": 255}
 

@@ -199,10 +199,10 @@ def test_what_shares_a_basis_reads_it_once():
     rows = [row(T, T, one if i < 3 else other, None, False) for i, T in enumerate(Ts)]
     ((options, these),) = by_tiling(rows[:3])
     assert these == [0, 1, 2]
-    laid = Layout(rows[:3], options, lead=0)
+    laid = Layout(rows[:3], options, 0)
     assert [(g.n, g.first) for g in laid.groups] == [(20, 0)]
     assert sum(block >= 0 for _, block, _ in laid.pieces) == 2  # 64 columns each
-    laid = Layout(rows, options, lead=0)
+    laid = Layout(rows, options, 0)
     assert [(g.n, g.first, g.basis) for g in laid.groups] == [
         (20, 0, one.data_ptr()),
         (4, 20, other.data_ptr()),

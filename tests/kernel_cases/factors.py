@@ -39,8 +39,8 @@ def cases(chip: Chip) -> Iterator[Case]:
                     tensor=tensor,
                     once=2 * tensor + sum(bases.values()),
                     again=tensor + sum(bases.values()),
-                    # Sums run so many pieces ahead of what reads the same again.
-                    resident=2 * resident * read / len(pieces),
+                    # Between the sums and what reads the same again.
+                    resident=(laid.lead + resident) * read / len(pieces),
                     l2=read,
                     items=[item for item, _ in pieces],
                     programs=min(len(pieces), resident),
