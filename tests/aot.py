@@ -31,6 +31,10 @@ SIGNATURES = {
     "count": "i32",
     "room": "i32",
     "scratch": "*fp32",  # of wide bases alone
+    "states": "*i32",
+    "partials": "*fp64",
+    "X": "*fp64",
+    "parts": "i32",
 }
 RANKS = (16, 32, 64)
 WIDE = 65  # directions, more than stay in registers
@@ -45,21 +49,21 @@ def configurations() -> list[tuple[str, dict]]:
         ("project", {**project_triton.tiling(code, left, k, widest), "wide": k == WIDE})
         for code, (left, widest), k in product(range(4), sides, (*RANKS, WIDE))
     ]
-    found += [
-        ("orthonormalize", {"CODE": code, **orthonormalize_triton.tiling(KP)})
-        for code, KP in product(range(3), RANKS)
-    ]
+    for dtype, layout in product(orthonormalize_triton.DTYPES, range(3)):
+        found += orthonormalize_triton.configurations(dtype, layout)
     return [job for i, job in enumerate(found) if job not in found[:i]]
 
 
 def compiled(job: tuple[int, tuple[str, dict]]) -> dict:
-    from grasp_kernels import orthonormalize_triton, project_triton
+    from grasp_kernels import orthonormalize_columns, orthonormalize_gram, project_triton
 
     arch, (op, options) = job
-    module = {"project": project_triton, "orthonormalize": orthonormalize_triton}[op]
-    kernel = getattr(module, f"{op}_kernel")
-    constants = {"COLUMNS": module.COLUMNS, "ALIGNED": True, **options}
+    modules = {"project": project_triton, "columns": orthonormalize_columns}
+    kernel = getattr(modules.get(op, orthonormalize_gram), f"{op}_kernel")
+    constants = {"COLUMNS": project_triton.COLUMNS, "ALIGNED": True, **options}
     given = {k: v for k, v in SIGNATURES.items() if k != "scratch" or options.get("wide")}
+    if op == "columns":
+        given["scratch"] = "*fp64"
     constants |= {"scratch": None}
     names = kernel.arg_names
     pointers = [i for i, n in enumerate(names) if given.get(n, "").startswith("*")]
@@ -107,7 +111,7 @@ def main() -> None:
     jobs = list(product(arches, configurations()))
     with ProcessPoolExecutor(2, get_context("spawn")) as pool:
         for result in pool.map(compiled, jobs, chunksize=4):
-            print(json.dumps(result), flush=True)
+            print(json.dumps(result, default=str), flush=True)
 
 
 if __name__ == "__main__":
