@@ -17,9 +17,10 @@ from .project import check_matrix
 
 
 def orthonormalize_ref(W: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
-    """The definition, on a batch: `W [b, d, k]` to `Q [b, d, k]` and ranks `[b]`."""
-    # Double precision makes an fp32 result right to fp32 rounding up to condition 1/rtol.
-    W = W.to(torch.float64)
+    """The definition, on a batch: `W [b, d, k]` to `Q [b, d, k]` in fp64 and ranks `[b]`."""
+    # Double precision makes an fp32 result right to fp32 rounding up to condition 1/rtol. In two
+    # steps: MPS converts before it copies.
+    W = W.to(_where_fp64_is(W.device)).to(torch.float64)
     Q = torch.zeros_like(W)
     kept = torch.zeros(W.shape[0], W.shape[2], dtype=torch.bool, device=W.device)
     for j in range(W.shape[2]):
@@ -33,6 +34,11 @@ def orthonormalize_ref(W: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
         kept[:, j] = keep[:, 0, 0]
     order = torch.argsort(~kept, dim=1, stable=True)
     return torch.gather(Q, 2, order[:, None, :].expand_as(Q)), kept.sum(1)
+
+
+def _where_fp64_is(device: torch.device) -> torch.device:
+    """The device itself, or the processor beside it."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _unit(w: Tensor) -> Tensor:
@@ -98,7 +104,7 @@ def _orthonormalize_each(Ws: list[Tensor], ranks: list[Tensor], rtols: list[floa
     for (_, _, _, tolerance), members in groups.items():
         Q, rank = orthonormalize_ref(torch.stack([Ws[i] for i in members]), tolerance)
         for n, i in enumerate(members):
-            Ws[i].copy_(Q[n])
+            Ws[i].copy_(Q[n].to(Ws[i].dtype))  # a device without fp64 can't take it as it is
             ranks[i].copy_(rank[n])
 
 
