@@ -101,10 +101,11 @@ def _orthonormalize_each(Ws: list[Tensor], ranks: list[Tensor], rtols: list[floa
     groups: dict[tuple, list[int]] = {}
     for i, W in enumerate(Ws):
         groups.setdefault((W.shape, W.dtype, W.device, rtols[i]), []).append(i)
-    for (_, _, _, tolerance), members in groups.items():
+    for (_, dtype, _, tolerance), members in groups.items():
         Q, rank = orthonormalize_ref(torch.stack([Ws[i] for i in members]), tolerance)
+        Q = Q.to(dtype)  # a device without fp64 can't take it as it is
         for n, i in enumerate(members):
-            Ws[i].copy_(Q[n].to(Ws[i].dtype))  # a device without fp64 can't take it as it is
+            Ws[i].copy_(Q[n])
             ranks[i].copy_(rank[n])
 
 

@@ -53,8 +53,7 @@ def _launch(table: Tensor, shapes: list, dtype: torch.dtype, K: int, layout: int
     states = torch.empty(count, dtype=torch.int32, device=table.device)
     partials = torch.empty(count, parts, K, K, **wide)
     X = torch.empty(count, 2 * K * K + 3 * K, **wide)
-    # A 16-bit W can't hold what a second pass starts from.
-    for second in (False, True) if dtype == torch.float32 else (False,):
+    for second in passes(dtype):
         blocks = gram["BLOCKS"] ** 2
         gram_kernel[(count * parts * blocks,)](table, states, partials, parts, second, **gram)
         eliminate_kernel[(count,)](table, states, partials, X, parts, SECOND=second, **eliminate)
@@ -65,6 +64,11 @@ def _launch(table: Tensor, shapes: list, dtype: torch.dtype, K: int, layout: int
     columns.columns_kernel[(programs,)](
         table, states, scratch, count, room, COLUMNS, DTYPES[dtype], **columns.OPTIONS
     )
+
+
+def passes(dtype: torch.dtype) -> tuple[bool, ...]:
+    """For each, whether it is the second; a 16-bit W can't hold what a second one starts from."""
+    return (False, True) if dtype == torch.float32 else (False,)
 
 
 def padded(k: int) -> int:
@@ -94,7 +98,7 @@ def configurations(dtype: torch.dtype, layout: int) -> list[tuple[str, dict]]:
     found = [("columns", {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], **columns.OPTIONS})]
     for K in (16, 32, 64, 128, 256):
         named = zip(("gram", "eliminate", "apply"), tilings(K, dtype, layout), strict=True)
-        for (name, options), second in product(named, (False, True)):
+        for (name, options), second in product(named, passes(dtype)):
             found.append((name, {"SECOND": second, **options}))
     return found
 
