@@ -1,6 +1,6 @@
 """Orthonormalisation column by column: for the matrices whose rank their Gram matrix leaves open.
 
-    for each column:  w ← w / ‖w‖;  twice:  w ← w − Q (Qᵀ w);  keep w / ‖w‖ where ‖w‖ > rtol
+    for each column:  w ← w / ‖w‖;  twice:  w ← w − Q (Qᵀ w);  keep w / ‖w‖ where ‖w‖ > its limit
 
 The definition's own order in fp64 throughout: a column rounded before the next is taken off it
 would hide that the next depends on it. A kept column goes at once before the ones that are dropped.
@@ -29,12 +29,11 @@ def _tile(Q, at, j, d, k, rank):
 
 
 @triton.jit
-def _each_column(row, c, DTYPE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
+def _each_column(row, limits, c, DTYPE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr):
     W = tl.load(row).to(tl.pointer_type(DTYPE))
     step, unit = tl.load(row + 1), tl.load(row + 2)
     rank_out = tl.load(row + 3).to(tl.pointer_type(tl.int64))
     d, k = tl.load(row + 4), tl.load(row + 5)
-    rtol = tl.load(row + 6).to(tl.float64, bitcast=True)
     w = c + k  # the column at hand, [d], after its coefficients, and then Q
     Q = w + d
     j = tl.arange(0, BK)
@@ -71,7 +70,9 @@ def _each_column(row, c, DTYPE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr
                 tl.store(w + at, x, mask=at < d)
             tl.debug_barrier()
             if again == 0:
-                kept = tl.where(tl.sqrt(total) > rtol, d, 0)  # rows to write: all or none
+                kept = tl.where(
+                    tl.sqrt(total) > tl.load(limits + column), d, 0
+                )  # rows to write: all or none
             scale = _inverse_root(total)
         for block in range(0, blocks):
             at = block * BD + e
@@ -93,16 +94,20 @@ def _each_column(row, c, DTYPE: tl.constexpr, BK: tl.constexpr, BD: tl.constexpr
 def columns_kernel(
     table,
     states,
+    X,
     scratch,
     count,
     room,
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
+    K: tl.constexpr,
     BK: tl.constexpr,
     BD: tl.constexpr,
 ):
     """Each program takes every so-many-th matrix, in `room` elements of scratch of its own."""
+    size = tl.full((), 2 * K * K + 5 * K, tl.int64)  # of what `X` holds for a matrix
     c = scratch + tl.program_id(0).to(tl.int64) * room
     for matrix in range(tl.program_id(0), count, tl.num_programs(0)):
         if tl.load(states + matrix) == OPEN:
-            _each_column(table + matrix * COLUMNS, c, DTYPE, BK, BD)
+            limits = X + matrix * size + 2 * K * K + K
+            _each_column(table + matrix * COLUMNS, limits, c, DTYPE, BK, BD)

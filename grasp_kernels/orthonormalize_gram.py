@@ -4,9 +4,10 @@
 
 The pivot s_j is what the earlier columns leave of ‖w_j‖² = 1, the definition's own measure, known
 to NOISE · (1 + ‖c‖²) where c says how w_j is made of the earlier columns: row j of L⁻¹. That bound
-decides. Where `rtol` lies inside it for any column, the matrix is left as it is to
-`orthonormalize_columns`; where it is much below every pivot, once is enough; in between W X is
-orthonormal only roughly, and is taken through the same again. Nothing is decided on the host.
+decides. A column for which `rtol` lies inside it is put off: what the earlier ones leave of it is
+made as large as they are, and no later one is freed of it. Where there was such a column, or W X is
+orthonormal only roughly, the same is done to W X, with a limit for each column in place of `rtol`.
+What is still open then goes to `orthonormalize_columns`. Nothing is decided on the host.
 """
 
 import triton
@@ -107,19 +108,15 @@ def _unit_scale(square):
 
 @triton.jit
 def _panel(
-    T,
-    inverses,
-    places,
-    first,
-    k,
-    rank,
-    worst,
-    rtol,
-    SECOND: tl.constexpr,
-    BK: tl.constexpr,
-    K: tl.constexpr,
+    T, vectors, first, k, rank, worst, PUT_OFF: tl.constexpr, BK: tl.constexpr, K: tl.constexpr
 ):
     """Rows `first` to `first + BK` of the tile finished; the rank and the largest doubt so far."""
+    limits, inverses, squares, places = (
+        vectors + K,
+        vectors + 2 * K,
+        vectors + 3 * K,
+        vectors + 4 * K,
+    )
     i, n = first + tl.arange(0, BK), tl.arange(0, K)
     strip = tl.load(T + i[:, None] * K + n[None, :])
     for at in range(first, tl.minimum(first + BK, k)):
@@ -129,21 +126,21 @@ def _panel(
         tl.debug_barrier()
         line = tl.load(line_at + n)
         column = tl.load(line_at + i)  # of L, by symmetry, times the pivot
-        pivot = tl.load(line_at + at)
+        pivot, limit = tl.load(line_at + at), tl.load(limits + at)
         made_of = tl.sum(tl.where(n < at, line * line, 0.0))
         noise = NOISE * (1.0 + made_of)
-        empty = (pivot == 0.0) & (made_of == 0.0)
-        keep = pivot - noise > rtol * rtol
-        if SECOND:
-            keep = pivot > 0.0
-        else:
-            sure = keep | empty | (pivot + noise <= rtol * rtol)
-            worst = tl.where(sure, worst, float("inf"))
+        keep = pivot - noise > limit * limit
+        drop = (pivot + noise <= limit * limit) | ((pivot == 0.0) & (made_of == 0.0))
         inverse = tl.where(keep, 1.0 / tl.where(keep, pivot, 1.0), 0.0)
         worst = tl.maximum(worst, noise * inverse)
+        size = tl.where(keep, pivot, tl.maximum(pivot, noise))
+        # Nothing is taken off along a column that is put off.
+        doubt = ROUGH if PUT_OFF else float("inf")
+        worst = tl.where(keep | drop, worst, tl.maximum(worst, doubt))
         tl.store(inverses + at, inverse)
+        tl.store(squares + at, tl.where(drop, 0.0, 1.0 / size))
         tl.store(places + at, rank.to(tl.float64))
-        rank += tl.where(keep, 1, 0)
+        rank += tl.where(drop, 0, 1)
         below = tl.where(i > at, column * inverse, 0.0)
         strip = tl.where((i[:, None] > at) & (n[None, :] == at), 0.0, strip)
         strip -= below[:, None] * tl.where(n == at, 1.0, line)[None, :]
@@ -153,11 +150,11 @@ def _panel(
 
 
 @triton.jit
-def _take_off(T, inverses, first, BK: tl.constexpr, BN: tl.constexpr, K: tl.constexpr):
+def _take_off(T, vectors, first, BK: tl.constexpr, BN: tl.constexpr, K: tl.constexpr):
     """A finished panel taken off all rows below it."""
     r, m = tl.arange(0, BK), tl.arange(0, BN)
     j = first + r
-    inverse = tl.load(inverses + j)
+    inverse = tl.load(vectors + 2 * K + j)
     for top in tl.range(first + BK, K, BK, num_stages=1):
         i = top + r
         L = tl.load(T + j[None, :] * K + i[:, None]) * inverse[None, :]
@@ -203,39 +200,52 @@ def eliminate_kernel(
         rtol = tl.load(row + 6).to(tl.float64, bitcast=True)
         n, r = tl.arange(0, K), tl.arange(0, BK)
         G = partials + matrix * parts * (K * K)
-        X += matrix * (2 * K * K + 3 * K)
-        T = X + K * K
-        scales, inverses, places = T + K * K, T + K * K + K, T + K * K + 2 * K
+        X += matrix * (2 * K * K + 5 * K)
+        T, vectors = X + K * K, X + 2 * K * K
+        limits, inverses = vectors + K, vectors + 2 * K
+        squares, places = vectors + 3 * K, vectors + 4 * K
         scale = _unit_scale(_sum_of_parts(G, parts, n, n, BK, K))
-        tl.store(scales + n, scale)
+        tl.store(vectors + n, scale)
+        if SECOND:
+            limit = tl.load(limits + n) * scale
+        else:
+            limit = tl.zeros((K,), tl.float64) + rtol
+        tl.store(limits + n, limit)
         tl.store(inverses + n, tl.zeros((K,), tl.float64))
+        tl.store(squares + n, tl.zeros((K,), tl.float64))
         tl.debug_barrier()
         for first in range(0, K, BK):
             i = (first + r)[:, None]
             strip = _sum_of_parts(G, parts, i, n[None, :], BK, K)
-            both = tl.load(scales + i) * scale[None, :]
+            both = tl.load(vectors + i) * scale[None, :]
             tl.store(T + i * K + n[None, :], tl.where(both > 0, strip * both, 0.0))
         tl.debug_barrier()
+        # What a first pass leaves has to be held by W.
+        PUT_OFF: tl.constexpr = not SECOND and DTYPE == tl.float32
         rank = tl.full((), 0, tl.int32)
         worst = tl.full((), 0.0, tl.float64)
         for first in range(0, k, BK):
-            rank, worst = _panel(T, inverses, places, first, k, rank, worst, rtol, SECOND, BK, K)
+            rank, worst = _panel(T, vectors, first, k, rank, worst, PUT_OFF, BK, K)
             if K > BK:
-                _take_off(T, inverses, first, BK, BN, K)
+                _take_off(T, vectors, first, BK, BN, K)
+        if SECOND:
+            state = tl.where(worst <= SHARP, AGAIN, OPEN)
+        else:
+            middle = AGAIN if PUT_OFF else OPEN
+            state = tl.where(worst <= SHARP, DONE, tl.where(worst <= ROUGH, middle, OPEN))
+        tl.store(states + matrix, state)
+        tl.store(tl.load(row + 3).to(tl.pointer_type(tl.int64)), rank.to(tl.int64))
         for first in range(0, K, BK):
             i = first + r
             L = tl.load(T + i[:, None] * K + n[None, :])
             L = tl.where(i[:, None] > n[None, :], L, tl.where(i[:, None] == n[None, :], 1.0, 0.0))
-            root = tl.sqrt(tl.load(inverses + i))
+            root = tl.sqrt(tl.load(squares + i))
             # Kept columns go before the others, each in their own order.
             before = tl.load(places + i, mask=i < k, other=0.0).to(tl.int32)
             place = tl.where(root > 0, before, tl.where(i < k, rank + i - before, i))
             tl.store(X + n[None, :] * K + place[:, None], L * root[:, None] * scale[None, :])
-        if SECOND == 0:
-            middle = AGAIN if DTYPE == tl.float32 else OPEN  # 16 bits can't hold a first pass
-            state = tl.where(worst <= SHARP, DONE, tl.where(worst <= ROUGH, middle, OPEN))
-            tl.store(states + matrix, state)
-            tl.store(tl.load(row + 3).to(tl.pointer_type(tl.int64)), rank.to(tl.int64))
+            if PUT_OFF:
+                tl.store(limits + place, tl.where(state == AGAIN, rtol * root, rtol))
 
 
 @triton.jit(do_not_specialize=["parts"])
@@ -265,7 +275,7 @@ def apply_kernel(
         step, unit = tl.load(row + 1), tl.load(row + 2)
         d, k = tl.load(row + 4), tl.load(row + 5)
         e, j, n = tl.arange(0, BD), tl.arange(0, BK), tl.arange(0, K)
-        X += matrix.to(tl.int64) * (2 * K * K + 3 * K)
+        X += matrix.to(tl.int64) * (2 * K * K + 5 * K)
         last = tl.minimum(d, (part + 1) * PART)
         for first in range(part * PART, last, BD):
             rows = first + e

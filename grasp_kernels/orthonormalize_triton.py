@@ -52,7 +52,7 @@ def _launch(table: Tensor, shapes: list, dtype: torch.dtype, K: int, layout: int
     wide = {"dtype": torch.float64, "device": table.device}
     states = torch.empty(count, dtype=torch.int32, device=table.device)
     partials = torch.empty(count, parts, K, K, **wide)
-    X = torch.empty(count, 2 * K * K + 3 * K, **wide)
+    X = torch.empty(count, 2 * K * K + 5 * K, **wide)
     for second in passes(dtype):
         blocks = gram["BLOCKS"] ** 2
         gram_kernel[(count * parts * blocks,)](table, states, partials, parts, second, **gram)
@@ -62,7 +62,7 @@ def _launch(table: Tensor, shapes: list, dtype: torch.dtype, K: int, layout: int
     programs = min(count, max(1, SCRATCH // max(1, room)))
     scratch = torch.empty(programs * room, **wide)
     columns.columns_kernel[(programs,)](
-        table, states, scratch, count, room, COLUMNS, DTYPES[dtype], **columns.OPTIONS
+        table, states, X, scratch, count, room, COLUMNS, DTYPES[dtype], K, **columns.OPTIONS
     )
 
 
@@ -95,8 +95,10 @@ def tilings(K: int, dtype: torch.dtype, layout: int) -> tuple[dict, dict, dict]:
 
 def configurations(dtype: torch.dtype, layout: int) -> list[tuple[str, dict]]:
     """All that can be launched for matrices of one kind: names of kernels and their constants."""
-    found = [("columns", {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], **columns.OPTIONS})]
+    found = []
     for K in (16, 32, 64, 128, 256):
+        shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], "K": K}
+        found.append(("columns", {**shared, **columns.OPTIONS}))
         named = zip(("gram", "eliminate", "apply"), tilings(K, dtype, layout), strict=True)
         for (name, options), second in product(named, passes(dtype)):
             found.append((name, {"SECOND": second, **options}))
