@@ -87,7 +87,13 @@ def tilings(K: int, dtype: torch.dtype, layout: int) -> tuple[dict, dict, dict]:
     tall = {**shared, "LAYOUT": layout, "BD": 32}
     sharp = torch.finfo(dtype).eps / 8
     return (
-        {**tall, "BLOCKS": K // BK, "PART": max(512, 8 * K), "num_warps": 4},
+        {
+            **tall,
+            "BLOCKS": K // BK,
+            "BD": 16 if layout == 2 else 32,
+            "PART": max(512, 8 * K),
+            "num_warps": 4,
+        },
         {**shared, "SHARP": sharp, "BN": min(K, 64), "K": K, "num_warps": warps},
         {**tall, "BK": BK if K <= 64 else 16, "K": K, "PART": 256, "num_warps": warps},
     )

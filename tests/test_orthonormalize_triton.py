@@ -9,6 +9,8 @@ import grasp_kernels as gk
 from tests.test_orthonormalize import conditioned
 
 pytest.importorskip("triton")
+from grasp_kernels import orthonormalize_triton  # noqa: E402 -- where there is no triton, neither is it
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -90,6 +92,30 @@ def test_columns_each_close_to_the_one_before(dtype):
     apart = 16 * torch.finfo(dtype).eps
     W = torch.randn(200, 1) + apart * torch.randn(200, 9).cumsum(1)
     assert_as_defined([W.to(dtype).to(DEVICE), torch.randn(200, 9, device=DEVICE)])
+
+
+def test_what_a_second_pass_leaves_open(monkeypatch):
+    """It goes column by column from where the first has left it, each column with its own limit."""
+    tilings = orthonormalize_triton.tilings
+
+    def never_sharp(*kind):
+        gram, eliminate, apply = tilings(*kind)
+        return gram, {**eliminate, "SHARP": 0.0}, apply
+
+    monkeypatch.setattr(orthonormalize_triton, "tilings", never_sharp)
+    W = torch.randn(60, 9)
+    W[:, 1] = W[:, 0] + 1e-4 * W[:, 1]
+    W[:, 2] = W[:, 0] - W[:, 1]
+    W[:, 4] = W[:, 0] - 2 * W[:, 1] + 4e-7 * W[:, 4]
+    W[:, 7] = W[:, 5] + 2e-6 * W[:, 7]
+    assert_as_defined([W.to(DEVICE), exact(50, 12, 5, torch.default_generator).to(DEVICE)])
+
+
+def test_what_a_first_pass_leaves_open():
+    """Two columns so close that what is left of one is all noise."""
+    W = torch.randn(60, 5)
+    W[:, 3] = W[:, 1] + 2e-7 * W[:, 3]
+    assert_as_defined([W.to(DEVICE)], rtol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
