@@ -17,10 +17,9 @@ from .project import check_matrix
 
 
 def orthonormalize_ref(W: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
-    """The definition, on a batch: `W [b, d, k]` to `Q [b, d, k]` in fp64 and ranks `[b]`."""
-    # Double precision makes an fp32 result right to fp32 rounding up to condition 1/rtol. In two
-    # steps: MPS converts before it copies.
-    W = W.to(_where_fp64_is(W.device)).to(torch.float64)
+    """The definition, on a batch: `W [b, d, k]` to `Q [b, d, k]` and ranks `[b]`."""
+    # Double precision makes an fp32 result right to fp32 rounding up to condition 1/rtol.
+    W = W.to(torch.float64)
     Q = torch.zeros_like(W)
     kept = torch.zeros(W.shape[0], W.shape[2], dtype=torch.bool, device=W.device)
     for j in range(W.shape[2]):
@@ -34,11 +33,6 @@ def orthonormalize_ref(W: Tensor, rtol: float) -> tuple[Tensor, Tensor]:
         kept[:, j] = keep[:, 0, 0]
     order = torch.argsort(~kept, dim=1, stable=True)
     return torch.gather(Q, 2, order[:, None, :].expand_as(Q)), kept.sum(1)
-
-
-def _where_fp64_is(device: torch.device) -> torch.device:
-    """The device itself, or the processor beside it."""
-    return torch.device("cpu") if device.type == "mps" else device
 
 
 def _unit(w: Tensor) -> Tensor:
@@ -101,12 +95,13 @@ def _orthonormalize_each(Ws: list[Tensor], ranks: list[Tensor], rtols: list[floa
     groups: dict[tuple, list[int]] = {}
     for i, W in enumerate(Ws):
         groups.setdefault((W.shape, W.dtype, W.device, rtols[i]), []).append(i)
-    for (_, dtype, _, tolerance), members in groups.items():
-        Q, rank = orthonormalize_ref(torch.stack([Ws[i] for i in members]), tolerance)
-        Q = Q.to(dtype)  # a device without fp64 can't take it as it is
-        for n, i in enumerate(members):
-            Ws[i].copy_(Q[n])
-            ranks[i].copy_(rank[n])
+    for (_, _, _, tolerance), members in groups.items():
+        W = torch.stack([Ws[i] for i in members])
+        Q, rank = orthonormalize_ref(W.cpu() if W.device.type == "mps" else W, tolerance)
+        Q, rank = Q.to(W.dtype).to(W.device), rank.to(W.device)  # MPS has no fp64
+        for i, q, r in zip(members, Q.unbind(), rank.unbind(), strict=True):
+            Ws[i].copy_(q)
+            ranks[i].copy_(r)
 
 
 @torch.library.custom_op("grasp::orthonormalize_", mutates_args=("Ws", "ranks"))

@@ -8,7 +8,6 @@ else is in the list changes no result.
 """
 
 import struct
-from itertools import product
 
 import torch
 import triton
@@ -82,8 +81,7 @@ def tilings(K: int, dtype: torch.dtype, layout: int) -> tuple[dict, dict, dict]:
     No tile of a product has more than 32 rows: with 64, Triton 3.7 fails on fp64 for sm_100.
     """
     BK, warps = min(K, 32), 4 if K < 64 else 8
-    # All the registers there are: left to itself the assembler spills some to run more programs.
-    shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], "BK": BK, "maxnreg": 255}
+    shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], "BK": BK}
     tall = {**shared, "LAYOUT": layout, "BD": 32}
     sharp = torch.finfo(dtype).eps / 8
     return (
@@ -92,23 +90,25 @@ def tilings(K: int, dtype: torch.dtype, layout: int) -> tuple[dict, dict, dict]:
             "BLOCKS": K // BK,
             "BD": 16 if layout == 2 else 32,
             "PART": max(512, 8 * K),
-            "num_warps": 4,
+            **_warps(4),
         },
-        {**shared, "SHARP": sharp, "BN": min(K, 64), "K": K, "num_warps": warps},
-        {**tall, "BK": BK if K <= 64 else 16, "K": K, "PART": 256, "num_warps": warps},
+        {**shared, "SHARP": sharp, "BN": min(K, 64), "K": K, **_warps(max(warps, K // 16))},
+        {**tall, "BK": BK if K <= 64 else 16, "K": K, "PART": 256, **_warps(warps)},
     )
 
 
-def configurations(dtype: torch.dtype, layout: int) -> list[tuple[str, dict]]:
-    """All that can be launched for matrices of one kind: names of kernels and their constants."""
-    found = []
-    for K in (16, 32, 64, 128, 256):
-        shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], "K": K}
-        found.append(("columns", {**shared, **columns.OPTIONS}))
-        named = zip(("gram", "eliminate", "apply"), tilings(K, dtype, layout), strict=True)
-        for (name, options), second in product(named, passes(dtype)):
-            found.append((name, {"SECOND": second, **options}))
-    return found
+def _warps(count: int) -> dict:
+    """With all the registers there are: else the assembler spills some to run more programs."""
+    return {"num_warps": count, "maxnreg": min(255, 2048 // count)}
+
+
+def configurations(dtype: torch.dtype, layout: int, K: int) -> list[tuple[str, dict]]:
+    """What is launched for matrices of one kind: names of kernels and their constants."""
+    shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], "K": K}
+    named = list(zip(("gram", "eliminate", "apply"), tilings(K, dtype, layout), strict=True))
+    return [("columns", {**shared, **columns.OPTIONS})] + [
+        (name, {"SECOND": second, **options}) for second in passes(dtype) for name, options in named
+    ]
 
 
 def _layout(W: Tensor) -> int:

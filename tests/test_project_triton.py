@@ -194,8 +194,8 @@ def test_compiles_for_every_architecture_without_spilling():
     for r in results:
         assert r["spilled"] == 0, r
         assert r["shared"] <= SHARED[r["arch"]] * 1024, r
-        if r["op"] == "orthonormalize":
-            continue  # in fp64, column by column
+        if r["op"] != "project":
+            continue  # in fp64
         assert r["matrix_instructions"] > 0, r
         if r["options"]["KP"] <= 32 and not r["options"]["wide"]:  # others take narrower tiles
             assert r["wide_loads"] and r["wide_stores"], r
