@@ -150,23 +150,20 @@ def _panel(
 
 
 @triton.jit
-def _take_off(T, vectors, first, BK: tl.constexpr, BN: tl.constexpr, K: tl.constexpr):
+def _take_off(T, vectors, first, BK: tl.constexpr, K: tl.constexpr):
     """A finished panel taken off all rows below it."""
-    r, m = tl.arange(0, BK), tl.arange(0, BN)
+    r, n = tl.arange(0, BK), tl.arange(0, K)[None, :]
     j = first + r
     inverse = tl.load(vectors + 2 * K + j)
-    for top in tl.range(first + BK, K, BK, num_stages=1):
+    within = (n >= first) & (n < first + BK)
+    for top in tl.range(first + BK, K, BK, num_stages=1):  # no load before a store that it follows
         i = top + r
         L = tl.load(T + j[None, :] * K + i[:, None]) * inverse[None, :]
-        for left in tl.range(0, K, BN, num_stages=1):  # loads stay behind stores
-            n = left + m
-            line = tl.load(T + j[:, None] * K + n[None, :])
-            within = (n[None, :] >= first) & (n[None, :] < first + BK)
-            line = tl.where(within & (n[None, :] > j[:, None]), 0.0, line)
-            line = tl.where(n[None, :] == j[:, None], 1.0, line)
-            rest = tl.where(within, 0.0, tl.load(T + i[:, None] * K + n[None, :]))
-            rest -= tl.dot(L, line, out_dtype=tl.float64)
-            tl.store(T + i[:, None] * K + n[None, :], rest)
+        line = tl.load(T + j[:, None] * K + n)
+        line = tl.where(within & (n > j[:, None]), 0.0, line)
+        line = tl.where(n == j[:, None], 1.0, line)
+        rest = tl.where(within, 0.0, tl.load(T + i[:, None] * K + n))
+        tl.store(T + i[:, None] * K + n, rest - tl.dot(L, line, out_dtype=tl.float64))
     tl.debug_barrier()
 
 
@@ -182,7 +179,6 @@ def eliminate_kernel(
     COLUMNS: tl.constexpr,
     DTYPE: tl.constexpr,
     BK: tl.constexpr,
-    BN: tl.constexpr,
     K: tl.constexpr,
 ):
     """From the partials X, the rank and the state; one program a matrix.
@@ -227,7 +223,7 @@ def eliminate_kernel(
         for first in range(0, k, BK):
             rank, worst = _panel(T, vectors, first, k, rank, worst, PUT_OFF, BK, K)
             if K > BK:
-                _take_off(T, vectors, first, BK, BN, K)
+                _take_off(T, vectors, first, BK, K)
         if SECOND:
             state = tl.where(worst <= SHARP, AGAIN, OPEN)
         else:

@@ -80,20 +80,27 @@ def tilings(K: int, dtype: torch.dtype, layout: int) -> tuple[dict, dict, dict]:
 
     No tile of a product has more than 32 rows: with 64, Triton 3.7 fails on fp64 for sm_100.
     """
-    BK, warps = min(K, 32), 4 if K < 64 else 8
-    shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], "BK": BK}
+    warps = 4 if K < 64 else 8
+    shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype]}
     tall = {**shared, "LAYOUT": layout, "BD": 32}
     sharp = torch.finfo(dtype).eps / 8
     return (
         {
             **tall,
-            "BLOCKS": K // BK,
+            "BLOCKS": triton.cdiv(K, 32),
+            "BK": min(K, 32),
             "BD": 16 if layout == 2 else 32,
             "PART": max(512, 8 * K),
             **_warps(4),
         },
-        {**shared, "SHARP": sharp, "BN": min(K, 64), "K": K, **_warps(max(warps, K // 16))},
-        {**tall, "BK": BK if K <= 64 else 16, "K": K, "PART": 256, **_warps(warps)},
+        {
+            **shared,
+            "SHARP": sharp,
+            "BK": min(K, 32) if K < 128 else 16,
+            "K": K,
+            **_warps(warps),
+        },
+        {**tall, "BK": min(K, 32) if K <= 64 else 16, "K": K, "PART": 256, **_warps(warps)},
     )
 
 
