@@ -67,6 +67,7 @@ def _each_column(row, limits, c, DTYPE: tl.constexpr, BK: tl.constexpr, BD: tl.c
                     part = tl.load(c + first + j, mask=first + j < rank, other=0.0)
                     x -= tl.sum(_tile(Q, at, first + j, d, k, rank) * part[None, :], 1)
                 total += tl.sum(x * x, 0)
+                tl.debug_barrier()  # other threads have read what these write over
                 tl.store(w + at, x, mask=at < d)
             tl.debug_barrier()
             if again == 0:

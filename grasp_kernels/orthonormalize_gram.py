@@ -111,12 +111,8 @@ def _panel(
     T, vectors, first, k, rank, worst, PUT_OFF: tl.constexpr, BK: tl.constexpr, K: tl.constexpr
 ):
     """Rows `first` to `first + BK` of the tile finished; the rank and the largest doubt so far."""
-    limits, inverses, squares, places = (
-        vectors + K,
-        vectors + 2 * K,
-        vectors + 3 * K,
-        vectors + 4 * K,
-    )
+    limits, inverses = vectors + K, vectors + 2 * K
+    squares, places = vectors + 3 * K, vectors + 4 * K
     i, n = first + tl.arange(0, BK), tl.arange(0, K)
     strip = tl.load(T + i[:, None] * K + n[None, :])
     for at in range(first, tl.minimum(first + BK, k)):
@@ -131,14 +127,14 @@ def _panel(
         noise = NOISE * (1.0 + made_of)
         keep = pivot - noise > limit * limit
         drop = (pivot + noise <= limit * limit) | ((pivot == 0.0) & (made_of == 0.0))
-        inverse = tl.where(keep, 1.0 / tl.where(keep, pivot, 1.0), 0.0)
+        square = 1.0 / tl.where(keep, pivot, tl.maximum(pivot, noise))
+        inverse = tl.where(keep, square, 0.0)
         worst = tl.maximum(worst, noise * inverse)
-        size = tl.where(keep, pivot, tl.maximum(pivot, noise))
         # Nothing is taken off along a column that is put off.
         doubt = ROUGH if PUT_OFF else float("inf")
         worst = tl.where(keep | drop, worst, tl.maximum(worst, doubt))
         tl.store(inverses + at, inverse)
-        tl.store(squares + at, tl.where(drop, 0.0, 1.0 / size))
+        tl.store(squares + at, tl.where(drop, 0.0, square))
         tl.store(places + at, rank.to(tl.float64))
         rank += tl.where(drop, 0, 1)
         below = tl.where(i > at, column * inverse, 0.0)
@@ -163,7 +159,9 @@ def _take_off(T, vectors, first, BK: tl.constexpr, K: tl.constexpr):
         line = tl.where(within & (n > j[:, None]), 0.0, line)
         line = tl.where(n == j[:, None], 1.0, line)
         rest = tl.where(within, 0.0, tl.load(T + i[:, None] * K + n))
-        tl.store(T + i[:, None] * K + n, rest - tl.dot(L, line, out_dtype=tl.float64))
+        rest -= tl.dot(L, line, out_dtype=tl.float64)
+        tl.debug_barrier()  # other threads have read what these write over
+        tl.store(T + i[:, None] * K + n, rest)
     tl.debug_barrier()
 
 
@@ -204,6 +202,7 @@ def eliminate_kernel(
         tl.store(vectors + n, scale)
         if SECOND:
             limit = tl.load(limits + n) * scale
+            tl.debug_barrier()  # other threads have read what these write over
         else:
             limit = tl.zeros((K,), tl.float64) + rtol
         tl.store(limits + n, limit)

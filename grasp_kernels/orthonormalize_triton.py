@@ -100,7 +100,14 @@ def tilings(K: int, dtype: torch.dtype, layout: int) -> tuple[dict, dict, dict]:
             "K": K,
             **_warps(warps),
         },
-        {**tall, "BK": min(K, 32) if K <= 64 else 16, "K": K, "PART": 256, **_warps(warps)},
+        {
+            **tall,
+            "BK": min(K, 32) if K <= 64 else 16,
+            "BD": 32 if K < 256 else 16,
+            "K": K,
+            "PART": 256,
+            **_warps(warps),
+        },
     )
 
 
