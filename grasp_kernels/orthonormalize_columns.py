@@ -41,6 +41,7 @@ def _each_column(row, limits, c, DTYPE: tl.constexpr, BK: tl.constexpr, BD: tl.c
     blocks = tl.cdiv(d, BD)
     rank = tl.full((), 0, tl.int64)
     for column in range(0, k):
+        limit = tl.load(limits + column)
         total = tl.full((), 0.0, tl.float64)
         for block in range(0, blocks):
             at = block * BD + e
@@ -71,9 +72,7 @@ def _each_column(row, limits, c, DTYPE: tl.constexpr, BK: tl.constexpr, BD: tl.c
                 tl.store(w + at, x, mask=at < d)
             tl.debug_barrier()
             if again == 0:
-                kept = tl.where(
-                    tl.sqrt(total) > tl.load(limits + column), d, 0
-                )  # rows to write: all or none
+                kept = tl.where(tl.sqrt(total) > limit, d, 0)  # rows to write: all or none
             scale = _inverse_root(total)
         for block in range(0, blocks):
             at = block * BD + e
