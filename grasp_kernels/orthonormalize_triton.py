@@ -1,9 +1,10 @@
-"""Orthonormalisation in Triton: one launch for a list, a program for each matrix, no host sync.
+"""Orthonormalisation of a list in Triton: a few launches for all of it, nothing read on the host.
 
-    for each column:  w ← w / ‖w‖;  twice:  w ← w − Q (Qᵀ w);  keep w / ‖w‖ where ‖w‖ > rtol
+    W ← W X,  X from the Gram matrix of W;  the same again, or column by column, where that is
+    not enough: a state on the device says so, and the launches that have nothing to do return
 
-The definition's own order in fp64 throughout: a column rounded before the next is taken off it
-would hide that the next depends on it. A kept column goes at once before the ones that are dropped.
+A matrix is split over d into parts by its own k alone, and their shares are added up in order: what
+else is in the list changes no result.
 """
 
 import struct
@@ -13,133 +14,128 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .matrices import CODES
+from . import orthonormalize_columns as columns
+from .orthonormalize_gram import COLUMNS, apply_kernel, eliminate_kernel, gram_kernel
 from .tables import Table, on_device
-from .triton_tools import rounded
 
-COLUMNS = 8  # of a row of the table
-LARGEST_K = 64
+WIDEST = 256
+SCRATCH = 2**25  # numbers in fp64 for the matrices that go column by column at a time, if one fits
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
 def refusal(W: Tensor) -> str | None:
     """Why this can't be orthonormalised here, or None."""
     k = W.shape[-1]
-    return f"k = {k} is above {LARGEST_K}" if k > LARGEST_K else None
-
-
-@triton.jit
-def _inverse_root(total):
-    """1 / √total in fp64, and 0 of 0."""
-    return tl.where(total > 0, 1.0 / tl.sqrt(tl.where(total > 0, total, 1.0)), 0.0)
-
-
-@triton.jit
-def _tile(Q, at, j, d, k, rank):
-    """The columns found so far, `Q [d, k]` in fp64."""
-    inside = (at[:, None] < d) & (j[None, :] < rank)
-    return tl.load(Q + at[:, None].to(tl.int64) * k + j[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _orthonormalize(row, DTYPE: tl.constexpr, KP: tl.constexpr, BD: tl.constexpr):
-    W = tl.load(row).to(tl.pointer_type(DTYPE))
-    w = tl.load(row + 1).to(tl.pointer_type(tl.float64))  # the column at hand, [d], and then Q
-    rank_out = tl.load(row + 2).to(tl.pointer_type(tl.int64))
-    d, k = tl.load(row + 3), tl.load(row + 4)
-    step, unit = tl.load(row + 5), tl.load(row + 6)
-    rtol = tl.load(row + 7).to(tl.float64, bitcast=True)
-    Q = w + d
-    j = tl.arange(0, KP)
-    e = tl.arange(0, BD)
-    blocks = tl.cdiv(d, BD)
-    rank = tl.full((), 0, tl.int64)
-    for column in range(0, k):
-        total = tl.full((), 0.0, tl.float64)
-        for block in range(0, blocks):
-            at = block * BD + e
-            x = tl.load(W + at.to(tl.int64) * step + column * unit, mask=at < d, other=0.0).to(
-                tl.float64
-            )
-            total += tl.sum(x * x, 0)
-            tl.store(w + at, x, mask=at < d)
-        tl.debug_barrier()
-        scale = _inverse_root(total)
-        for again in tl.static_range(2):
-            c = tl.zeros((KP,), tl.float64)
-            for block in range(0, blocks):
-                at = block * BD + e
-                x = tl.load(w + at, mask=at < d, other=0.0) * scale
-                c += tl.sum(_tile(Q, at, j, d, k, rank) * x[:, None], 0)
-            total = tl.full((), 0.0, tl.float64)
-            for block in range(0, blocks):
-                at = block * BD + e
-                x = tl.load(w + at, mask=at < d, other=0.0) * scale
-                x -= tl.sum(_tile(Q, at, j, d, k, rank) * c[None, :], 1)
-                total += tl.sum(x * x, 0)
-                tl.store(w + at, x, mask=at < d)
-            tl.debug_barrier()
-            if again == 0:
-                kept = tl.where(tl.sqrt(total) > rtol, d, 0)  # rows to write: all or none
-            scale = _inverse_root(total)
-        for block in range(0, blocks):
-            at = block * BD + e
-            x = tl.load(w + at, mask=at < d, other=0.0) * scale
-            tl.store(Q + at.to(tl.int64) * k + rank, x, mask=at < kept)
-        tl.debug_barrier()
-        rank += tl.where(kept > 0, 1, 0)
-    for block in range(0, blocks):
-        at = block * BD + e
-        x = rounded(_tile(Q, at, j, d, k, rank).to(tl.float32), DTYPE)
-        inside = (at[:, None] < d) & (j[None, :] < k)
-        tl.store(W + at[:, None].to(tl.int64) * step + j[None, :] * unit, x, mask=inside)
-    tl.store(rank_out, rank)
-
-
-@triton.jit
-def orthonormalize_kernel(
-    table,
-    COLUMNS: tl.constexpr,
-    CODE: tl.constexpr,
-    KP: tl.constexpr,
-    BD: tl.constexpr,
-):
-    row = table + tl.program_id(0) * COLUMNS
-    if CODE == 0:
-        _orthonormalize(row, tl.float32, KP, BD)
-    elif CODE == 1:
-        _orthonormalize(row, tl.bfloat16, KP, BD)
-    else:
-        _orthonormalize(row, tl.float16, KP, BD)
+    return f"k = {k} is above {WIDEST}" if k > WIDEST else None
 
 
 def orthonormalize_triton(Ws: list[Tensor], ranks: list[Tensor], rtols: list[float]) -> None:
     """Each `W [d, k]` in place and its rank; arguments as `orthonormalize_` has checked.
 
-    One launch for each device and dtype in the list.
+    The same launches for each device, dtype, power of two above k and layout in the list.
     """
     groups: dict[tuple, list[int]] = {}
     for i, W in enumerate(Ws):
-        groups.setdefault((W.device, W.dtype), []).append(i)
-    for (device, dtype), members in groups.items():
-        sizes = [Ws[i].shape[0] * (1 + Ws[i].shape[1]) for i in members]
-        scratch = [torch.empty(n, dtype=torch.float64, device=device) for n in sizes]
-        rows = [
-            (
-                Ws[i].data_ptr(),
-                column.data_ptr(),
-                ranks[i].data_ptr(),
-                *Ws[i].shape,
-                *Ws[i].stride(),
-                struct.unpack("q", struct.pack("d", rtols[i]))[0],
-            )
-            for i, column in zip(members, scratch, strict=True)
-        ]
+        groups.setdefault((W.device, W.dtype, padded(W.shape[1]), _layout(W)), []).append(i)
+    for (device, dtype, K, layout), members in groups.items():
+        rows = [_row(Ws[i], ranks[i], rtols[i]) for i in members]
         table = Table(rows, torch.int64, device).here()
-        KP = max(16, triton.next_power_of_2(max(Ws[i].shape[1] for i in members)))
         with on_device(device):
-            orthonormalize_kernel[(len(rows),)](table, COLUMNS, CODES[dtype], **tiling(KP))
+            _launch(table, [Ws[i].shape for i in members], dtype, K, layout)
 
 
-def tiling(KP: int) -> dict:
-    """The kernel's constants and warps."""
-    return {"KP": KP, "BD": 1024 // KP, "num_warps": 16}
+def _launch(table: Tensor, shapes: list, dtype: torch.dtype, K: int, layout: int) -> None:
+    count, longest = len(shapes), max(1, *(d for d, _ in shapes))
+    gram, eliminate, apply = tilings(K, dtype, layout)
+    parts, slices = (triton.cdiv(longest, tall["PART"]) for tall in (gram, apply))
+    wide = {"dtype": torch.float64, "device": table.device}
+    states = torch.empty(count, dtype=torch.int32, device=table.device)
+    partials = torch.empty(count, parts, K, K, **wide)
+    X = torch.empty(count, 2 * K * K + 5 * K, **wide)
+    for second in passes(dtype):
+        blocks = gram["BLOCKS"] ** 2
+        gram_kernel[(count * parts * blocks,)](table, states, partials, parts, second, **gram)
+        eliminate_kernel[(count,)](table, states, partials, X, parts, SECOND=second, **eliminate)
+        apply_kernel[(count * slices,)](table, states, X, slices, second, **apply)
+    room = max(d * (1 + k) + k for d, k in shapes)
+    programs = min(count, max(1, SCRATCH // max(1, room)))
+    scratch = torch.empty(programs * room, **wide)
+    columns.columns_kernel[(programs,)](
+        table, states, X, scratch, count, room, COLUMNS, DTYPES[dtype], K, **columns.OPTIONS
+    )
+
+
+def passes(dtype: torch.dtype) -> tuple[bool, ...]:
+    """For each, whether it is the second; a 16-bit W can't hold what a second one starts from."""
+    return (False, True) if dtype == torch.float32 else (False,)
+
+
+def padded(k: int) -> int:
+    """Columns that the kernels work on."""
+    return max(16, triton.next_power_of_2(k))
+
+
+def tilings(K: int, dtype: torch.dtype, layout: int) -> tuple[dict, dict, dict]:
+    """Constants and warps of the Gram matrix, of its elimination and of the product.
+
+    No tile of a product has more than 32 rows: with 64, Triton 3.7 fails on fp64 for sm_100.
+    """
+    warps = 4 if K < 64 else 8
+    shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype]}
+    tall = {**shared, "LAYOUT": layout, "BD": 32}
+    sharp = torch.finfo(dtype).eps / 8
+    return (
+        {
+            **tall,
+            "BLOCKS": triton.cdiv(K, 32),
+            "BK": min(K, 32),
+            "BD": 16 if layout == 2 else 32,
+            "PART": max(512, 8 * K),
+            **_warps(4),
+        },
+        {
+            **shared,
+            "SHARP": sharp,
+            "BK": min(K, 32) if K < 128 else 16,
+            "K": K,
+            **_warps(warps),
+        },
+        {
+            **tall,
+            "BK": min(K, 32) if K <= 64 else 16,
+            "BD": 32 if K < 256 else 16,
+            "K": K,
+            "PART": 256,
+            **_warps(warps),
+        },
+    )
+
+
+def _warps(count: int) -> dict:
+    """With all the registers there are: else the assembler spills some to run more programs."""
+    return {"num_warps": count, "maxnreg": min(255, 2048 // count)}
+
+
+def configurations(dtype: torch.dtype, layout: int, K: int) -> list[tuple[str, dict]]:
+    """What is launched for matrices of one kind: names of kernels and their constants."""
+    shared = {"COLUMNS": COLUMNS, "DTYPE": DTYPES[dtype], "K": K}
+    named = list(zip(("gram", "eliminate", "apply"), tilings(K, dtype, layout), strict=True))
+    return [("columns", {**shared, **columns.OPTIONS})] + [
+        (name, {"SECOND": second, **options}) for second in passes(dtype) for name, options in named
+    ]
+
+
+def _layout(W: Tensor) -> int:
+    """0 with contiguous rows and 1 with contiguous columns, in whole vectors; else 2."""
+    (d, k), (step, unit) = W.shape, W.stride()
+    if W.data_ptr() % 16 == 0:
+        if unit == 1 and step % 8 == 0 and k % 8 == 0:
+            return 0
+        if step == 1 and unit % 8 == 0 and d % 8 == 0:
+            return 1
+    return 2
+
+
+def _row(W: Tensor, rank: Tensor, rtol: float) -> tuple[int, ...]:
+    bits = struct.unpack("q", struct.pack("d", rtol))[0]
+    return (W.data_ptr(), *W.stride(), rank.data_ptr(), *W.shape, bits)
