@@ -16,7 +16,6 @@
 #include <mutex>
 #include <vector>
 
-#include "orthonormalize.cuh"
 #include "project.cuh"
 #include "project_list.cuh"
 
@@ -147,48 +146,8 @@ static void project_all(Tensor rows, int64_t index, int64_t energies) {
   launch();
 }
 
-static void orthonormalize_all(std::vector<Tensor> Ws, std::vector<Tensor> Qs,
-                               std::vector<Tensor> ranks, std::vector<double> rtols) {
-  if (Ws.empty()) return;
-  const int index = Ws[0].get_device_index();
-  const torch::stable::accelerator::DeviceGuard guard(index);
-  const Device& device = device_of(index);
-  const cudaStream_t stream = stream_of(index);
-  for (const Kind kind : {FLOAT, BFLOAT, HALF}) {
-    Talls talls;
-    talls.count = 0;
-    int widest = 0, longest = 0;
-    const auto launch = [&] {
-      if (talls.count) {
-        check(orthonormalize(talls, kind, widest, longest, device, stream), "orthonormalize");
-      }
-      talls.count = widest = longest = 0;
-    };
-    for (size_t i = 0; i < Ws.size(); ++i) {
-      if (kind_of(Ws[i]) != kind) continue;
-      if (talls.count == TALLS) launch();
-      const int d = Ws[i].size(0), k = Ws[i].size(1);
-      talls.matrices[talls.count++] = {Ws[i].data_ptr(),
-                                       static_cast<double*>(Qs[i].data_ptr()),
-                                       static_cast<int64_t*>(ranks[i].data_ptr()),
-                                       Ws[i].stride(0),
-                                       Ws[i].stride(1),
-                                       rtols[i],
-                                       d,
-                                       k};
-      widest = std::max(widest, k);
-      longest = std::max(longest, d);
-    }
-    launch();
-  }
-}
-
 }  // namespace grasp
 
 STABLE_TORCH_LIBRARY_IMPL(grasp_native, CPU, m) {  // where the table of matrices is
   m.impl("project_all", TORCH_BOX(&grasp::project_all));
-}
-
-STABLE_TORCH_LIBRARY_IMPL(grasp_native, CUDA, m) {
-  m.impl("orthonormalize_all", TORCH_BOX(&grasp::orthonormalize_all));
 }

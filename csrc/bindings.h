@@ -9,7 +9,6 @@ namespace grasp {
 
 struct Job;
 struct Table;
-struct Talls;
 
 struct Device {
   int major, multiprocessors;
@@ -20,7 +19,5 @@ struct Device {
 bool project_fits(const Job& job, bool left, const Device& device);
 cudaError_t project(const Job& job, bool half, bool left, const Device& device, cudaStream_t s);
 cudaError_t project_list(const Table& table, int strips, int k, cudaStream_t s);
-cudaError_t orthonormalize(
-    const Talls& talls, int kind, int k, int longest, const Device& device, cudaStream_t s);
 
 }  // namespace grasp

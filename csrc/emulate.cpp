@@ -1,6 +1,5 @@
 // The kernels' own code, run by emulate.hpp; built and called by the tests.
 #define GRASP_EMULATE
-#include "orthonormalize.cuh"
 #include "project.cuh"
 #include "project_list.cuh"
 
@@ -61,30 +60,6 @@ extern "C" int project_entries(const Entry* entries, int count, int strips, int 
   if (k <= 8) return run_list<8>(table, strips);
   if (k <= 16) return run_list<16>(table, strips);
   return k <= 32 ? run_list<32>(table, strips) : run_list<64>(table, strips);
-}
-
-template <typename T, int KP>
-static int run_tall(const Tall& tall) {
-  const int bytes = (TALL_THREADS / 32 * KP + KP + tall.d) * 8;
-  try {
-    run_cluster(1, TALL_THREADS, bytes, [&](int) {
-      orthonormalize<T, KP>(tall, reinterpret_cast<double*>(shared_now()));
-    });
-  } catch (const std::exception&) {
-    return 1;
-  }
-  return 0;
-}
-
-template <typename T>
-static int tall_with_rank(const Tall& tall) {
-  if (tall.k <= 16) return run_tall<T, 16>(tall);
-  return tall.k <= 32 ? run_tall<T, 32>(tall) : run_tall<T, 64>(tall);
-}
-
-extern "C" int orthonormalize_tall(const Tall* tall, int kind) {
-  if (kind == FLOAT) return tall_with_rank<float>(*tall);
-  return kind == BFLOAT ? tall_with_rank<bf16>(*tall) : tall_with_rank<fp16>(*tall);
 }
 
 // What the projections have moved since the last call.

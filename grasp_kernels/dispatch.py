@@ -17,6 +17,7 @@ from . import native
 
 BACKENDS = ("cuda", "triton", "reference")  # fastest first
 OLDEST = (8, 0)  # Ampere: bf16 in matrix instructions, asynchronous copies
+WITHOUT = {("cuda", "orthonormalize_")}  # by Gram matrices in Triton there is little to gain
 _override: ContextVar[str | None] = ContextVar("grasp_backend", default=None)
 
 
@@ -113,6 +114,8 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
     interpreted = name == "triton" and forced and os.environ.get("TRITON_INTERPRET") == "1"
     if not interpreted and (reason := _device_refusal(tensors)):
         return reason
+    if (name, op) in WITHOUT:
+        return f"it has no kernel for {op}"
     if name == "cuda" and (reason := native.missing()):
         if not forced:
             _warn_of_a_fault(reason)

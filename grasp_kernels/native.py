@@ -10,10 +10,6 @@ LIBRARY = Path(__file__).with_name("_native.so")
 BUILD = "GRASP_CUDA=1 pip install --no-build-isolation . (in a checkout, with nvcc and ninja)"
 OPERATORS = {  # the schema, and the dispatch key that the library registers a kernel for
     "project_all": ("(Tensor rows, int device, int energies) -> ()", "CPU"),
-    "orthonormalize_all": (
-        "(Tensor(a!)[] Ws, Tensor(b!)[] Qs, Tensor(c!)[] ranks, float[] rtols) -> ()",
-        "CUDA",
-    ),
 }
 
 for _name, (_schema, _) in OPERATORS.items():

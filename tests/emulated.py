@@ -33,15 +33,6 @@ class Entry(c.Structure):
     ]
 
 
-class Tall(c.Structure):
-    _fields_ = [
-        *((n, c.c_void_p) for n in ("W", "Q", "rank")),
-        *((n, c.c_int64) for n in ("step", "unit")),
-        ("rtol", c.c_double),
-        *((n, c.c_int) for n in ("d", "k")),
-    ]
-
-
 @cache
 def library(folder: Path) -> c.CDLL:
     out = folder / "emulated.so"
@@ -121,15 +112,6 @@ def project_list(
     address = c.c_void_p(None if energies is None else energies.data_ptr())
     assert library(folder).project_entries(table, len(entries), first, widest, address) == 0
     return outs
-
-
-def orthonormalize_(folder: Path, W: Tensor, rtol: float) -> int:
-    """In place; returns the rank."""
-    rank = c.c_int64(-1)
-    Q = torch.full(W.shape, 7.0, dtype=torch.float64)
-    tall = Tall(W.data_ptr(), Q.data_ptr(), c.addressof(rank), *W.stride(), rtol, *W.shape)
-    assert library(folder).orthonormalize_tall(c.byref(tall), KINDS[W.dtype]) == 0
-    return rank.value
 
 
 def moved(folder: Path) -> tuple[int, int]:

@@ -145,3 +145,12 @@ def test_a_library_that_was_never_built_is_no_fault(machine):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert dispatch.choose("project", *on("cuda")) == "triton"
+
+
+def test_an_operation_without_a_kernel_is_refused(monkeypatch):
+    """Where the device would do."""
+    assert ("cuda", "orthonormalize_") in dispatch.WITHOUT
+    monkeypatch.setattr(dispatch, "WITHOUT", {("triton", "orthonormalize_")})
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with gk.backend("triton"), pytest.raises(RuntimeError, match="no kernel for orthonormalize_"):
+        gk.orthonormalize_(T.clone())
