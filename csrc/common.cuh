@@ -53,6 +53,16 @@ DEVICE void flag_wait(uint64_t* flag, int parity) {
   }
 }
 
+DEVICE bool flag_ended(uint64_t* flag, int parity) {
+  uint32_t ended;
+  asm volatile(
+      "{.reg .pred p; mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+      : "=r"(ended)
+      : "r"(shared_address(flag)), "r"(parity)
+      : "memory");
+  return ended;
+}
+
 // Bulk copies, in multiples of 16 bytes. The copy engine sees what threads wrote to shared memory
 // after `fence_for_bulk` in each of them.
 DEVICE void bulk_load(void* shared, const void* global, int bytes, uint64_t* flag) {
@@ -132,6 +142,18 @@ DEVICE float fetch(Remote from) {
 template <int THREADS>
 DEVICE void sync_first_threads() {
   asm volatile("bar.sync 1, %0;" ::"n"(THREADS) : "memory");
+}
+
+// The same answer in each: whether all of them say yes.
+template <int THREADS>
+DEVICE bool all_of_first_threads(bool yes) {
+  uint32_t all;
+  asm volatile(
+      "{.reg .pred p, q; setp.ne.u32 p, %1, 0; bar.red.and.pred q, 1, %2, p; selp.u32 %0, 1, 0, q;}"
+      : "=r"(all)
+      : "r"(uint32_t(yes)), "n"(THREADS)
+      : "memory");
+  return all;
 }
 
 // Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32 bits; lane i gives the address of row i % 8

@@ -2,8 +2,9 @@
 // Warp-wide instructions follow the fragment layouts of the PTX manual (mma, ldmatrix, stmatrix).
 //
 // It is meant to show mistakes: shared memory starts as NaN; a copy, a store or a message to another
-// block comes only when nothing else can run, in any order; warps and lanes run in an order drawn
-// from a seed; addresses and sizes are checked; a wait that never ends is an error.
+// block comes late and in any order, under half of the seeds only when nothing else can run; the
+// order of warps and lanes is drawn from the seed too; addresses and sizes are checked; a wait that
+// never ends is an error.
 #pragma once
 
 #undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake
@@ -97,6 +98,7 @@ struct Block {
   char* shared;
   std::vector<Warp> warps;
   Barrier all, named;
+  bool vote = true, voted = true;
 };
 struct Copies {  // of one thread, up to an arrival
   int left = 0;
@@ -225,8 +227,10 @@ inline std::string run_cluster(
     if (cluster.random() % 2) std::reverse(warp.begin(), warp.end());
   }
   const bool greedy = cluster.random() % 2;  // a warp goes on until it waits for others
+  const bool early = cluster.random() % 2;  // or copies come only when nothing else can run
   for (int left = blocks * threads; left > 0;) {
     bool any = false;
+    if (early && cluster.random() % 4 == 0) deliver();
     for (auto& warp : warps) {
       bool again = true;
       while (again) {
@@ -260,6 +264,14 @@ inline void __syncthreads() { wait(block_now().all, int(block_now().warps.size()
 template <int THREADS>
 void sync_first_threads() {
   wait(block_now().named, THREADS);
+}
+template <int THREADS>
+bool all_of_first_threads(bool yes) {
+  Block& block = block_now();
+  block.vote = block.vote && yes;
+  if (block.named.waiting + 1 == THREADS) block.voted = block.vote, block.vote = true;
+  wait(block.named, THREADS);
+  return block.voted;
 }
 inline void sync_warp() { wait_for_warp(); }
 inline int cluster_size() { return int(cluster_now.blocks.size()); }
@@ -308,6 +320,8 @@ inline void flag_expect(uint64_t* p, int bytes) {
 inline void flag_wait(uint64_t* p, int parity) {
   wait_while(&Flag::at(p).phase, 1, uint8_t(parity));
 }
+
+inline bool flag_ended(uint64_t* p, int parity) { return (Flag::at(p).phase & 1) != parity; }
 
 inline int64_t bytes_read = 0, bytes_written = 0;  // of matrices, from and to global memory
 

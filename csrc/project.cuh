@@ -292,23 +292,29 @@ struct Strips {
     keep_basis();
     sync_first_threads<MULTIPLIERS>();
     Ring reading, writing, sending, getting;  // the first two of stages, the others of two turns
-    for (int index = cluster - clusters; index < count; index += clusters) {
-      if (index + clusters < count) {
+    int next = cluster;                       // strip for the first product
+    for (int index = cluster; index < count;) {
+      const int sent = next - index;
+      if (next < count && (sent == 0 || (sent == clusters && has_come(full(reading.at), reading.parity)))) {
         flag_wait(full(reading.at), reading.parity);
         first_product(stage(reading.at));
         send_shares(sending.at);
-        reading.next(job.stages), sending.next(2);
-      }
-      if (index >= 0) {
+        reading.next(job.stages), sending.next(2), next += clusters;
+      } else {
         flag_wait(summed(getting.at), getting.parity);
         if (thread == 0) flag_expect(summed(getting.at), TOTAL_BYTES);
         second_product(stage(writing.at), getting.at);
         if (!LEFT) fence_for_bulk();
         sync_warp();
         if (lane == 0) flag_arrive(done(writing.at));
-        writing.next(job.stages), getting.next(2);
+        writing.next(job.stages), getting.next(2), index += clusters;
       }
     }
+  }
+
+  // Whether to go ahead with the next strip, which all warps must agree on.
+  DEVICE bool has_come(uint64_t* flag, int parity) {
+    return all_of_first_threads<MULTIPLIERS>(flag_ended(flag, parity));
   }
 
   // The slice of the basis, rounded to T, zero where there is none.
