@@ -73,7 +73,7 @@ struct Row {
 static bool is_aligned(const Row& r) {
   const int64_t size = r.kind == FLOAT ? 4 : 2;
   const auto ok = [size](int64_t p, int64_t step) { return p % 16 == 0 && step * size % 16 == 0; };
-  return ok(r.in, r.in_step) && ok(r.out, r.out_step) && r.d % 16 == 0 &&
+  return ok(r.in, r.in_step) && ok(r.out, r.out_step) && r.d % 32 == 0 &&
          (r.left == 0 || r.n * size % 16 == 0);
 }
 

@@ -39,7 +39,7 @@ struct Job {
   int64_t in_step, out_step;  // elements between rows
   int64_t basis_d, basis_k, C_n, C_k;
   int n, d, k;
-  int width;   // of d, for each block of a cluster: a multiple of 16
+  int width;   // of d, for each block of a cluster: a multiple of 32
   int stages;  // strips of which a block holds its slice
   float* energies;  // of each cluster's strips ‖T‖² and what of it lay in the basis, added; or null
 };
@@ -71,8 +71,9 @@ BOTH int swizzled(int row, int chunk) {
   return row * PITCH + (chunk ^ (turned & MASK)) * 16;
 }
 
-// A fragment of a matrix instruction. fp32 is cut in two tf32 parts, rounded to nearest; the
-// hardware drops the last 13 bits. Three products of parts make one.
+// A fragment of a matrix instruction. fp32 is cut in two tf32 parts, of which the first is rounded
+// to nearest. The hardware drops the last 13 bits: of the second part that is an error of either
+// sign, as its own is. Three products of parts make one.
 template <typename T>
 struct Fragment {
   uint32_t x[4];
@@ -85,20 +86,20 @@ struct Fragment<float> {
     UNROLL
     for (int i = 0; i < 4; ++i) {
       const uint32_t high = (x[i] + 0x1000) & ~0x1FFFu;
-      low[i] = bits_of(float_of(x[i]) - float_of(high)) + 0x1000;
+      low[i] = bits_of(float_of(x[i]) - float_of(high));
       x[i] = high;
     }
   }
 };
 template <typename T>
-DEVICE void multiply(float (&d)[4], const Fragment<T>& a, const Fragment<T>& b, int half) {
+DEVICE void multiply(float (&d)[4], const Fragment<T>& a, const Fragment<T>& b, int half, int) {
   multiply(d, a.x, b.x[2 * half], b.x[2 * half + 1], T());
 }
-DEVICE void multiply(
-    float (&d)[4], const Fragment<float>& a, const Fragment<float>& b, int half) {
-  multiply(d, a.low, b.x[2 * half], b.x[2 * half + 1], float());
-  multiply(d, a.x, b.low[2 * half], b.low[2 * half + 1], float());
-  multiply(d, a.x, b.x[2 * half], b.x[2 * half + 1], float());
+DEVICE void multiply(float (&d)[4], const Fragment<float>& a, const Fragment<float>& b, int half,
+                     int product) {
+  const uint32_t(&left)[4] = product == 0 ? a.low : a.x;
+  const uint32_t(&right)[4] = product == 1 ? b.low : b.x;
+  multiply(d, left, right[2 * half], right[2 * half + 1], float());
 }
 
 // Goes round `count` places; the parity of a flag's phase changes with each round.
@@ -115,6 +116,9 @@ struct Strips {
   static constexpr int SIZE = sizeof(T), CHUNK = 16 / SIZE;  // elements in 16 bytes
   static constexpr int STEP = 32 / SIZE;                     // of d or k in a matrix instruction
   static constexpr int COLUMNS = At::COLUMNS, DEPTH = At::DEPTH, NP = KP / COLUMNS;
+  static constexpr int TILES = NP / 8;  // matrix instructions side by side
+  static constexpr int PRODUCTS = SIZE == 4 ? 3 : 1;
+  static constexpr int WIDE = SLICE / WARPS < 32 ? 16 : 32;  // of d that a warp subtracts from at once
   static constexpr int BASIS_ROW = KP * SIZE, ROW = LEFT ? BS * SIZE : At::ROW;
   static constexpr int MOVERS = LEFT ? 128 : 32, THREADS = MULTIPLIERS + 32 + MOVERS;
   static constexpr bool SCALED = std::is_same<T, fp16>::value;  // c may be beyond fp16
@@ -334,6 +338,17 @@ struct Strips {
     }
   }
 
+  template <int N>
+  DEVICE static void copy_shared(uint32_t (&to)[N], const char* from) {
+    if constexpr (N == 2) {
+      const uint2 x = *reinterpret_cast<const uint2*>(from);
+      to[0] = x.x, to[1] = x.y;
+    } else {
+      const uint4 x = *reinterpret_cast<const uint4*>(from);
+      to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+    }
+  }
+
   // Element [row, column] of a swizzled matrix of fp32.
   template <int PITCH>
   DEVICE static uint32_t element(const char* matrix, int row, int column) {
@@ -341,19 +356,29 @@ struct Strips {
     return *reinterpret_cast<const uint32_t*>(at);
   }
 
-  // STEP rows of the basis from `e`, 16 columns: the right factor of X V.
-  DEVICE void load_basis_down(Fragment<T>& b, int e, int column) {
+  // STEP rows of the basis from `e`, NP columns: the right factor of X V. In fp32 a thread reads
+  // neighbouring columns, each for another matrix instruction: column n of the t-th is
+  // n * TILES + t.
+  DEVICE void load_basis_down(Fragment<T> (&b)[NP / 16], int e, int column) {
     const char* basis = shared + At::BASIS + e * BASIS_ROW;
     if constexpr (SIZE == 2) {
-      const int chunk = column / CHUNK + lane / 16;
-      load4_transposed(b.x, basis + swizzled<BASIS_ROW>(lane % 16, chunk));
+      UNROLL
+      for (int j = 0; j < NP / 16; ++j) {
+        const int chunk = column / CHUNK + j * 2 + lane / 16;
+        load4_transposed(b[j].x, basis + swizzled<BASIS_ROW>(lane % 16, chunk));
+      }
     } else {
       UNROLL
-      for (int i = 0; i < 4; ++i) {
-        b.x[i] = element<BASIS_ROW>(basis, i % 2 * 4 + lane % 4, column + i / 2 * 8 + lane / 4);
+      for (int half = 0; half < 2; ++half) {
+        const int at = column + lane / 4 * TILES;
+        uint32_t x[TILES];
+        copy_shared(x, basis + swizzled<BASIS_ROW>(half * 4 + lane % 4, at / 4) + at % 4 * 4);
+        UNROLL
+        for (int t = 0; t < TILES; ++t) b[t / 2].x[t % 2 * 2 + half] = x[t];
       }
     }
-    b.cut();
+    UNROLL
+    for (int j = 0; j < NP / 16; ++j) b[j].cut();
   }
 
   // 16 positions of the strip from `s`, STEP of d from `e`: the left factor of X V.
@@ -376,18 +401,20 @@ struct Strips {
   DEVICE void first_product(const char* strip) {
     const int column = warp % COLUMNS * NP, depth = warp / COLUMNS;
     constexpr int DEEP = SLICE / DEPTH;
-    float sums[BS / 16][NP / 8][4] = {};
+    float sums[BS / 16][TILES][4] = {};
     UNROLL
     for (int e = 0; e < DEEP; e += STEP) {
       Fragment<T> b[NP / 16];
-      UNROLL
-      for (int j = 0; j < NP / 16; ++j) load_basis_down(b[j], depth * DEEP + e, column + j * 16);
+      load_basis_down(b, depth * DEEP + e, column);
       UNROLL
       for (int m = 0; m < BS / 16; ++m) {
         Fragment<T> a;
         load_strip(a, strip, m * 16, depth * DEEP + e);
         UNROLL
-        for (int j = 0; j < NP / 8; ++j) multiply(sums[m][j], a, b[j / 2], j % 2);
+        for (int i = 0; i < PRODUCTS * TILES; ++i) {  // the same sum as far apart as can be
+          const int j = i % TILES;
+          multiply(sums[m][j], a, b[j / 2], j % 2, i / TILES);
+        }
       }
     }
     sync_first_threads<MULTIPLIERS>();  // the last strip's parts have been read
@@ -395,12 +422,18 @@ struct Strips {
     UNROLL
     for (int m = 0; m < BS / 16; ++m) {
       UNROLL
-      for (int j = 0; j < NP / 8; ++j) {
+      for (int low = 0; low < 2; ++low) {
+        float* row = mine + (m * 16 + low * 8 + lane / 4) * (KP + GAP) + column;
         UNROLL
-        for (int low = 0; low < 2; ++low) {
-          const int s = m * 16 + low * 8 + lane / 4, at = column + j * 8 + lane % 4 * 2;
-          *reinterpret_cast<float2*>(mine + s * (KP + GAP) + at) = {sums[m][j][low * 2],
-                                                                    sums[m][j][low * 2 + 1]};
+        for (int j = 0; j < TILES; ++j) {
+          const int n = lane % 4 * 2;
+          if constexpr (SIZE == 2) {
+            *reinterpret_cast<float2*>(row + j * 8 + n) = {sums[m][j][low * 2],
+                                                           sums[m][j][low * 2 + 1]};
+          } else {
+            row[n * TILES + j] = sums[m][j][low * 2];
+            row[n * TILES + TILES + j] = sums[m][j][low * 2 + 1];
+          }
         }
       }
     }
@@ -451,27 +484,35 @@ struct Strips {
       }
     }
     UNROLL
-    for (int tile = 0; tile < SLICE / WARPS; tile += 16) {
+    for (int tile = 0; tile < SLICE / WARPS; tile += WIDE) {
       const int e = warp * (SLICE / WARPS) + tile;
       if (e >= width) break;
-      float sums[BS / 16][2][4] = {};
+      float sums[WIDE / 16][BS / 16][2][4] = {};
       UNROLL
       for (int j = 0; j < KP / STEP; ++j) {
-        Fragment<T> v;
+        Fragment<T> v[WIDE / 16];
         const int chunk = 2 * j + (LEFT ? lane / 16 : lane / 8 % 2);
-        load4(v.x, shared + At::BASIS + e * BASIS_ROW +
-                       swizzled<BASIS_ROW>(LEFT ? lane % 16 : deep, chunk));
-        v.cut();
         UNROLL
-        for (int m = 0; m < BS / 16; ++m) {
+        for (int w = 0; w < WIDE / 16; ++w) {
+          load4(v[w].x, shared + At::BASIS + (e + w * 16) * BASIS_ROW +
+                            swizzled<BASIS_ROW>(LEFT ? lane % 16 : deep, chunk));
+          v[w].cut();
+        }
+        UNROLL
+        for (int product = 0; product < PRODUCTS; ++product) {
           UNROLL
-          for (int h = 0; h < 2; ++h) {
-            LEFT ? multiply(sums[m][h], v, c[m][j], h) : multiply(sums[m][h], c[m][j], v, h);
+          for (int i = 0; i < WIDE / 16 * BS / 16 * 2; ++i) {
+            const int w = i / (BS / 8), m = i / 2 % (BS / 16), h = i % 2;
+            LEFT ? multiply(sums[w][m][h], v[w], c[m][j], h, product)
+                 : multiply(sums[w][m][h], c[m][j], v[w], h, product);
           }
         }
       }
       UNROLL
-      for (int m = 0; m < BS / 16; ++m) subtract(strip, m, e, sums[m], scale[m]);
+      for (int i = 0; i < WIDE / 16 * BS / 16; ++i) {
+        const int w = i / (BS / 16), m = i % (BS / 16);
+        subtract(strip, m, e + w * 16, sums[w][m], scale[m]);
+      }
     }
   }
 
@@ -600,7 +641,7 @@ Plan plan_with(int d, int room) {
   if (!At::POSSIBLE || d > LARGEST_CLUSTER * SLICE || room < At::STAGES || stages < 2) return {};
   int blocks = 1;
   while (blocks * SLICE < d) blocks *= 2;
-  const int width = (d + blocks * 16 - 1) / (blocks * 16) * 16;
+  const int width = (d + blocks * 32 - 1) / (blocks * 32) * 32;
   const int kept = stages < MOST_STAGES ? stages : MOST_STAGES;
   return {KP, SLICE, strip_of(SIZE, SLICE), blocks, width, kept, At::STAGES + kept * At::STAGE};
 }

@@ -46,7 +46,7 @@ def plan(size: int, d: int, k: int, room: int) -> Plan | None:
     blocks = 1
     while blocks * slice < d:
         blocks *= 2
-    width = -(-d // (blocks * 16)) * 16
+    width = -(-d // (blocks * 32)) * 32
     return Plan(kp, slice, strip, blocks, width, stages, fixed + stages * stage)
 
 
@@ -70,8 +70,8 @@ def refusal(T: Tensor, basis: Tensor) -> str | None:
         return f"k = {k} is above {LARGEST_K}"
     if T.ndim != 2 or T.numel() < LARGE:
         return f"{list(T.shape)} is no matrix of {LARGE} elements or more"
-    if d % 16:
-        return f"d = {d} is no multiple of 16"
+    if d % 32:
+        return f"d = {d} is no multiple of 32"
     inner = next((i for i in (1, 0) if T.stride(i) == 1), None)
     size = T.element_size()
     lengths = () if inner is None else (T.shape[inner], T.stride(1 - inner), T.storage_offset())

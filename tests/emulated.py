@@ -100,7 +100,7 @@ def project(
         T.numel() // d,
         d,
         k,
-        -(-d // (16 * blocks)) * 16,
+        -(-d // (slice // 8 * blocks)) * (slice // 8),
         stages,
         None if energies is None else energies.data_ptr(),
     )

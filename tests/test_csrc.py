@@ -52,7 +52,8 @@ def large(draw):
     side, dtype = draw(st.sampled_from(SIDES)), draw(st.sampled_from(DTYPES))
     slice = 128 if dtype == torch.float32 else draw(st.sampled_from((128, 256)))
     blocks = draw(st.sampled_from((1, 2, 4, 8)))
-    d = 16 * draw(st.integers(1, slice * blocks // 16))
+    step = slice // 8  # of d that a warp subtracts from at once
+    d = step * draw(st.integers(1, slice * blocks // step))
     n = draw(st.integers(1, 6 * emulated.strip(dtype, slice)))
     if side == "left":
         n = -(-n // 8) * 8  # rows of whole 16 bytes
@@ -174,7 +175,7 @@ def test_large_models_fit():
         ((4096, 4096), torch.bfloat16, 65, "above 64"),
         ((255, 4096), torch.bfloat16, 8, "no matrix of 1048576"),
         ((2, 1024, 4096), torch.bfloat16, 8, "no matrix"),
-        ((4096, 4104), torch.bfloat16, 8, "no multiple of 16"),
+        ((4096, 4112), torch.bfloat16, 8, "no multiple of 32"),
         ((65536, 16384), torch.float32, 8, "does not fit 227 KB"),
         ((65536, 32768), torch.bfloat16, 8, "does not fit"),
         ((4096, 4096), torch.float64, 8, "does not fit"),
@@ -187,7 +188,7 @@ def test_refuses_what_it_has_no_kernel_for(monkeypatch, shape, dtype, k, message
     assert reason is None if message is None else message in reason
     if message is None:
         basis = torch.empty(shape[-1], k, device="meta")
-        assert "aligned" in project_cuda.refusal(T[:, 1:-15], basis[16:])
+        assert "aligned" in project_cuda.refusal(T[:, 1:-31], basis[32:])
         monkeypatch.setattr(project_cuda, "_device", lambda index: (8, 163 << 10))
         assert "needs compute capability 9.0" in project_cuda.refusal(T, basis)
         monkeypatch.setattr(torch.version, "hip", "6.0")
