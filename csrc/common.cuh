@@ -52,7 +52,18 @@ DEVICE void flag_wait(uint64_t* flag, int parity) {
         : "memory");
   }
 }
-
+// For what other blocks sent.
+DEVICE void flag_wait_for_cluster(uint64_t* flag, int parity) {
+  uint32_t ended = 0;
+  while (!ended) {
+    asm volatile(
+        "{.reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p;}"
+        : "=r"(ended)
+        : "r"(shared_address(flag)), "r"(parity)
+        : "memory");
+  }
+}
 DEVICE bool flag_ended(uint64_t* flag, int parity) {
   uint32_t ended;
   asm volatile(
