@@ -1,5 +1,5 @@
-// What the kernels ask of the machine. With GRASP_EMULATE the same names are taken from emulate.hpp,
-// which runs a grid on a CPU, so that a kernel's arithmetic and indexing are tested without a GPU.
+// What the kernels ask of the machine. With GRASP_EMULATE the same names are taken from
+// emulate.hpp, which runs a grid on a CPU, so that kernels are tested without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,8 @@ DEVICE void flag_wait(uint64_t* flag, int parity) {
   uint32_t ended = 0;
   while (!ended) {
     asm volatile(
-        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p;}"
+        "{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; "
+        "selp.u32 %0, 1, 0, p;}"
         : "=r"(ended)
         : "r"(shared_address(flag)), "r"(parity)
         : "memory");
@@ -78,8 +79,8 @@ DEVICE bool flag_ended(uint64_t* flag, int parity) {
 // after `fence_for_bulk` in each of them.
 DEVICE void bulk_load(void* shared, const void* global, int bytes, uint64_t* flag) {
   asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-          shared_address(shared)),
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+      "[%0], [%1], %2, [%3];" ::"r"(shared_address(shared)),
       "l"(global), "r"(bytes), "r"(shared_address(flag))
       : "memory");
 }
@@ -94,8 +95,8 @@ DEVICE void bulk_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "m
 DEVICE void bulk_done() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 DEVICE void fence_for_bulk() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// 16 bytes, or 16 zero bytes where nothing is to be read; `copies_arrive` makes the thread arrive at
-// the flag when all its copies so far have come.
+// 16 bytes, or 16 zero bytes where nothing is to be read; `copies_arrive` makes the thread arrive
+// at the flag when all its copies so far have come.
 DEVICE void copy16(void* shared, const void* global, bool inside) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(
                    shared_address(shared)),
@@ -133,8 +134,8 @@ DEVICE Remote of_rank(const void* shared, int rank) {
 }
 DEVICE void send16(Remote to, uint4 x, Remote flag) {
   asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1,%2,%3,%4}, [%5];" ::"r"(
-          to),
+      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 "
+      "[%0], {%1,%2,%3,%4}, [%5];" ::"r"(to),
       "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w), "r"(flag)
       : "memory");
 }
@@ -167,8 +168,8 @@ DEVICE bool all_of_first_threads(bool yes) {
   return all;
 }
 
-// Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32 bits; lane i gives the address of row i % 8
-// of matrix i / 8.
+// Four 8 x 8 matrices of 16-bit elements, or 8 x 4 of 32 bits; lane i gives the address of row
+// i % 8 of matrix i / 8.
 DEVICE void load4(uint32_t (&r)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
@@ -247,6 +248,7 @@ namespace grasp {
 // Two sums over a block of THREADS, in a fixed order, in thread 0; `scratch` has a pair for a warp.
 template <int THREADS>
 DEVICE void block_sums(float (&x)[2], float* scratch) {
+  UNROLL
   for (int i = 0; i < 2; ++i) {
     UNROLL
     for (int apart = 16; apart >= 1; apart /= 2) x[i] += shuffle(x[i], apart);
@@ -254,7 +256,8 @@ DEVICE void block_sums(float (&x)[2], float* scratch) {
   }
   __syncthreads();
   for (int warp = 1; threadIdx.x == 0 && warp < THREADS / 32; ++warp) {
-    for (int i = 0; i < 2; ++i) x[i] += scratch[warp * 2 + i];
+    x[0] += scratch[warp * 2];
+    x[1] += scratch[warp * 2 + 1];
   }
 }
 

@@ -1,10 +1,10 @@
 // A grid on a CPU: every thread of a cluster is a fiber, run in turn until it waits for others.
 // Warp-wide instructions follow the fragment layouts of the PTX manual (mma, ldmatrix, stmatrix).
 //
-// It is meant to show mistakes: shared memory starts as NaN; a copy, a store or a message to another
-// block comes late and in any order, under half of the seeds only when nothing else can run; the
-// order of warps and lanes is drawn from the seed too; addresses and sizes are checked; a wait that
-// never ends is an error.
+// It is meant to show mistakes: shared memory starts as NaN; a copy, a store or a message to
+// another block comes late and in any order, under half of the seeds only when nothing else can
+// run; the order of warps and lanes is drawn from the seed too; addresses and sizes are checked; a
+// wait that never ends is an error.
 #pragma once
 
 #undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake

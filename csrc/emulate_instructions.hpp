@@ -164,7 +164,8 @@ inline void load4_transposed(uint32_t (&r)[4], const void* row) {
   wait_for_warp();
   for (int m = 0; m < 4; ++m) {
     const int down = m * 8 + lane % 4 * 2, across = lane / 4;
-    r[m] = half_at(shown.rows[down], across) | uint32_t(half_at(shown.rows[down + 1], across)) << 16;
+    const uint32_t second = half_at(shown.rows[down + 1], across);
+    r[m] = half_at(shown.rows[down], across) | second << 16;
   }
   wait_for_warp();
 }
@@ -196,7 +197,7 @@ void put(float* to, uint32_t pair, T) {
   const float2 both = unpack(pair, T());
   to[0] = both.x, to[1] = both.y;
 }
-// Each register holds PER numbers, neighbours along k; a fragment covers 4 * PER of k, then as many.
+// Each register holds PER numbers, neighbours along k; a fragment covers HALF of k, then as many.
 template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
   constexpr int PER = 4 / sizeof(T), HALF = 4 * PER;

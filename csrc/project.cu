@@ -70,7 +70,8 @@ static cudaError_t with_side(Job job, bool left, const Device& device, cudaStrea
 
 int project_strips(const Job& job, Kind kind, const Device& device) {
   const int room = device.shared_per_block;
-  const Plan plan = kind == FLOAT ? plan_for<4>(job.d, job.k, room) : plan_for<2>(job.d, job.k, room);
+  const Plan plan =
+      kind == FLOAT ? plan_for<4>(job.d, job.k, room) : plan_for<2>(job.d, job.k, room);
   return plan.slice == 0 || device.major < 9 ? 0 : (job.n + plan.strip - 1) / plan.strip;
 }
 

@@ -3,21 +3,21 @@
 //   right   X [n, d] <- X - (X V - C) V^T      a strip is BS rows
 //   left    X [d, n] <- X - U (U^T X - C)      a strip is BS columns
 //
-// A cluster of blocks owns a strip, each block a slice of it along d; the block's slice of the basis
-// stays in its shared memory for the whole launch. In a block three kinds of warps go from strip to
-// strip, each at its own pace, and wait for each other through flags alone:
+// A cluster of blocks owns a strip, each block a slice of it along d; the block's slice of the
+// basis stays in its shared memory for the whole launch. In a block three kinds of warps go from
+// strip to strip, each at its own pace, and wait for each other through flags alone:
 //
 //   move       T ──▶ stage i+2 ──▶ full          done ──▶ stage i-1 ──▶ T
 //   multiply                       full ──▶ X V of strip i+1 ──▶ shares to their owners' inbox
 //              total ──▶ X -= c V^T of strip i ──▶ done
-//   add        inbox ──▶ the cluster's shares of some positions, in the order of the blocks; less C
+//   add        inbox ──▶ the blocks' shares of some positions, added up in their order; less C
 //              ──▶ total of every block
 //
-// So a strip's sums travel while the strips beside it are multiplied and moved. Inbox and total have
-// two places each. That is enough without a flag for "free": a block sends what goes into a place
-// only after it got the total of two strips before, for which every owner had emptied its inbox; an
-// owner sends a total only after all blocks sent shares, which they do after reading the total
-// before. No sum depends on timing.
+// So a strip's sums travel while the strips beside it are multiplied and moved. Inbox and total
+// have two places each. That is enough without a flag for "free": a block sends what goes into a
+// place only after it got the total of two strips before, for which every owner had emptied its
+// inbox; an owner sends a total only after all blocks sent shares, which they do after they read
+// the total of two strips before. No sum depends on timing.
 #pragma once
 
 #include "project_products.cuh"
@@ -103,11 +103,12 @@ struct Strips : Products<T, LEFT, KP, SLICE, BS> {
       float* sums = reinterpret_cast<float*>(shared + At::ENERGY);
       block_sums<THREADS>(energy, sums);
       __syncthreads();
-      for (int i = 0; thread == 0 && i < 2; ++i) sums[i] = energy[i];
+      if (thread == 0) sums[0] = energy[0], sums[1] = energy[1];
       cluster_sync();
       if (rank == 0 && thread == 0) {
         for (int other = 1; other < blocks; ++other) {
-          for (int i = 0; i < 2; ++i) energy[i] += fetch(of_rank(sums + i, other));
+          energy[0] += fetch(of_rank(sums, other));
+          energy[1] += fetch(of_rank(sums + 1, other));
         }
         add_energy(job.energies + 2 * cluster, energy);
       }

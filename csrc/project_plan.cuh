@@ -76,7 +76,8 @@ Plan plan_for(int d, int k, int room) {
   };
   if (k > 64) return {};
   if (k <= 16) return with(std::integral_constant<int, 16>());
-  return k <= 32 ? with(std::integral_constant<int, 32>()) : with(std::integral_constant<int, 64>());
+  if (k <= 32) return with(std::integral_constant<int, 32>());
+  return with(std::integral_constant<int, 64>());
 }
 
 }  // namespace grasp

@@ -60,8 +60,8 @@ struct Products {
   const Job& job;
   char* shared;
   int rank, thread, warp, lane;
-  int first, width;        // this block's slice of d: [first, first + width)
-  float energy[2] = {};    // ‖T‖² and what of it lay in the basis, as far as this thread has seen
+  int first, width;      // this block's slice of d: [first, first + width)
+  float energy[2] = {};  // ‖T‖² and what of it lay in the basis, of what this thread has seen
 
   DEVICE Products(const Job& job, char* shared)
       : job(job), shared(shared), rank(cluster_rank()), thread(threadIdx.x),
@@ -271,7 +271,8 @@ struct Products {
         UNROLL
         for (int low = 0; low < 2; ++low) {
           const int row = low * 8 + lane / 4, column = h * 8 + lane % 4 * 2;
-          char* at = LEFT ? strip + e * ROW + swizzled<ROW>(row, m * 4 + column / 4) + column % 4 * 4
+          const int chunk = m * 4 + column / 4;
+          char* at = LEFT ? strip + e * ROW + swizzled<ROW>(row, chunk) + column % 4 * 4
                           : strip + (m * 16 + row) * ROW + (e + column) * SIZE;
           float2 pair = *reinterpret_cast<float2*>(at);
           less(pair.x, h, low * 2), less(pair.y, h, low * 2 + 1);

@@ -66,6 +66,8 @@ def refusal(T: Tensor, basis: Tensor) -> str | None:
     if torch.version.hip is not None:
         return "needs an NVIDIA GPU; this torch is built for ROCm"
     d, k = basis.shape
+    if T.dtype not in CODES:
+        return f"takes fp32, bf16 and fp16, got {T.dtype}"
     if k > LARGEST_K:
         return f"k = {k} is above {LARGEST_K}"
     if T.ndim != 2 or T.numel() < LARGE:
@@ -80,7 +82,7 @@ def refusal(T: Tensor, basis: Tensor) -> str | None:
     major, room = _device(T.get_device())
     if major < 9:
         return f"needs compute capability 9.0, got {major}.x"
-    if T.dtype not in CODES or plan(size, d, k, room) is None:
+    if plan(size, d, k, room) is None:
         return f"d = {d}, k = {k} in {T.dtype} does not fit {room >> 10} KB of shared memory"
     return None
 

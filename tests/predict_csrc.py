@@ -1,9 +1,11 @@
-"""What the cluster kernel should reach on an H100, from its machine code: `python -m tests.predict_csrc MODEL`.
+"""What the cluster kernel should reach on an H100, from its machine code.
 
-MODEL is a static issue model that gives `kernels(cubin)`, `loops(code)` and `cycles(body, memory, l2)`:
-an iteration's cycles for one warp a scheduler. Each kernel's multiply loop gives the cycles of its
-two products; all clusters are then simulated, strip by strip, on one memory that serves what is
-asked for in turn. Predicted, never measured: good to about a fifth.
+python -m tests.predict_csrc MODEL        prints a JSON object for each case
+
+MODEL is a static issue model with `kernels(cubin)`, `loops(code)` and `cycles(body, memory, l2)`,
+an iteration's for one warp a scheduler. Each kernel's multiply loop gives the cycles of its two
+products; all clusters are then simulated, strip by strip, on one memory that serves what is asked
+for in turn. Predicted, never measured: good to about a fifth.
 """
 
 import argparse
@@ -42,7 +44,8 @@ def compiled(keys: list[tuple[int, str, Plan]], folder: Path) -> tuple[Path, str
     """A cubin of these kernels, and what ptxas says of them."""
     lines = "\n".join(
         f"template __global__ void kernel<{'bf16' if size == 2 else 'float'}, "
-        f"{str(side == 'left').lower()}, {p.kp}, {p.slice}, {p.strip}>(const __grid_constant__ Job);"
+        f"{str(side == 'left').lower()}, {p.kp}, {p.slice}, {p.strip}>"
+        "(const __grid_constant__ Job);"
         for size, side, p in keys
     )
     source = folder / "kernels.cu"

@@ -178,7 +178,7 @@ def test_large_models_fit():
         ((4096, 4112), torch.bfloat16, 8, "no multiple of 32"),
         ((65536, 16384), torch.float32, 8, "does not fit 227 KB"),
         ((65536, 32768), torch.bfloat16, 8, "does not fit"),
-        ((4096, 4096), torch.float64, 8, "does not fit"),
+        ((4096, 4096), torch.float64, 8, "takes fp32"),
     ],
 )
 def test_refuses_what_it_has_no_kernel_for(monkeypatch, shape, dtype, k, message):
