@@ -197,6 +197,11 @@ void put(float* to, uint32_t pair, T) {
   const float2 both = unpack(pair, T());
   to[0] = both.x, to[1] = both.y;
 }
+// As the hardware adds: what fp32 does not hold is dropped.
+inline float cut_off(double x) {
+  const float nearest = float(x);
+  return std::fabs(nearest) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
 // Each register holds PER numbers, neighbours along k; a fragment covers HALF of k, then as many.
 template <typename T>
 void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
@@ -209,13 +214,13 @@ void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T
   wait_for_warp();
   for (int i = 0; i < 4; ++i) {
     const int row = lane / 4, column = lane % 4 * 2 + i % 2, low = i / 2;  // rows row + 8 low
-    float sum = 0.0f;
+    double sum = d[i];
     for (int k = 0; k < 2 * HALF; ++k) {
       const int holder = k % HALF / PER, in_half = k / HALF;
       sum += shown.a[row * 4 + holder][(low + 2 * in_half) * PER + k % PER] *
              shown.b[column * 4 + holder][in_half * PER + k % PER];
     }
-    d[i] += sum;
+    d[i] = cut_off(sum);
   }
 }
 

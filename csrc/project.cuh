@@ -39,7 +39,7 @@ struct Strips : Products<T, LEFT, KP, SLICE, BS> {
   using Base::BASIS_ROW, Base::CHUNK, Base::ROW, Base::SCALED, Base::SIZE;
   using Base::energy, Base::first, Base::job, Base::lane, Base::rank, Base::shared, Base::thread,
       Base::warp, Base::width;
-  static constexpr int MOVERS = LEFT ? 128 : 32, THREADS = MULTIPLIERS + 32 + MOVERS;
+  static constexpr int MOVERS = LEFT ? 64 : 32, THREADS = MULTIPLIERS + 32 + MOVERS;
   static constexpr int TOTAL_BYTES = BS * KP * SIZE + (SCALED ? BS * 4 : 0);
   static constexpr int QUADS = (BS * KP / 4 + MULTIPLIERS - 1) / MULTIPLIERS;
 

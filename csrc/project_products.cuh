@@ -52,8 +52,11 @@ struct Products {
   static constexpr int STEP = 32 / SIZE;                     // of d or k in a matrix instruction
   static constexpr int COLUMNS = At::COLUMNS, DEPTH = At::DEPTH, NP = KP / COLUMNS;
   static constexpr int TILES = NP / 8;                       // matrix instructions side by side
-  static constexpr int PRODUCTS = SIZE == 4 ? 3 : 1;
-  static constexpr int WIDE = SLICE / WARPS < 32 ? 16 : 32;  // of d, subtracted from at once
+  // What a matrix instruction adds up it cuts off. In fp32 small products are therefore summed apart
+  // from large ones, and few of those before they are added to the others.
+  static constexpr int PRODUCTS = SIZE == 4 ? 3 : 1, SUMS = SIZE == 4 ? 2 : 1;
+  // Of d, subtracted from at once; in fp32 k 64 leaves registers for no more.
+  static constexpr int WIDE = SLICE / WARPS < 32 || SIZE * KP > 128 ? 16 : 32;
   static constexpr int BASIS_ROW = KP * SIZE, ROW = LEFT ? BS * SIZE : At::ROW;
   static constexpr bool SCALED = std::is_same<T, fp16>::value;  // c may be beyond fp16
 
@@ -85,6 +88,16 @@ struct Products {
       uint4 packed;
       memcpy(&packed, row, 16);
       *reinterpret_cast<uint4*>(shared + At::BASIS + swizzled<BASIS_ROW>(e, chunk)) = packed;
+    }
+  }
+
+  static BOTH constexpr int sum_of(int product) { return product < PRODUCTS - 1 ? 1 : 0; }
+
+  template <typename Sums>
+  DEVICE static void add_to(Sums& sums, const Sums& others) {
+    UNROLL
+    for (int i = 0; i < int(sizeof(Sums) / 4); ++i) {
+      reinterpret_cast<float*>(sums)[i] += reinterpret_cast<const float*>(others)[i];
     }
   }
 
@@ -147,27 +160,44 @@ struct Products {
     a.cut();
   }
 
-  // parts[depth] [BS, KP] = X V over this warp's part of d and of the rank.
-  DEVICE void first_product(const char* strip) {
-    const int column = warp % COLUMNS * NP, depth = warp / COLUMNS;
-    constexpr int DEEP = SLICE / DEPTH;
-    float sums[BS / 16][TILES][4] = {};
+  // sums += X V over `LENGTH` of d from `from`, at this warp's part of the rank.
+  template <int LENGTH>
+  DEVICE void multiply_down(float (&sums)[SUMS][BS / 16][TILES][4], const char* strip, int from) {
     UNROLL
-    for (int e = 0; e < DEEP; e += STEP) {
+    for (int e = 0; e < LENGTH; e += STEP) {
       Fragment<T> b[NP / 16];
-      load_basis_down(b, depth * DEEP + e, column);
+      load_basis_down(b, from + e, warp % COLUMNS * NP);
       UNROLL
       for (int m = 0; m < BS / 16; ++m) {
         Fragment<T> a;
-        load_strip(a, strip, m * 16, depth * DEEP + e);
+        load_strip(a, strip, m * 16, from + e);
         UNROLL
         for (int i = 0; i < PRODUCTS * TILES; ++i) {  // the same sum as far apart as can be
-          const int j = i % TILES;
-          multiply(sums[m][j], a, b[j / 2], j % 2, i / TILES);
+          const int product = i / TILES, j = i % TILES;
+          multiply(sums[sum_of(product)][m][j], a, b[j / 2], j % 2, product);
         }
       }
     }
-    sync_first_threads<MULTIPLIERS>();  // the last strip's parts have been read
+  }
+
+  // parts[depth] [BS, KP] = X V over this warp's part of d and of the rank.
+  DEVICE void first_product(const char* strip) {
+    const int column = warp % COLUMNS * NP, depth = warp / COLUMNS;
+    constexpr int DEEP = SLICE / DEPTH, FEW = DEEP < 4 * STEP ? DEEP : 4 * STEP;
+    float sums[SUMS][BS / 16][TILES][4] = {};
+    if constexpr (SUMS == 1) {
+      multiply_down<DEEP>(sums, strip, depth * DEEP);
+    } else {
+      UNROLL
+      for (int e = 0; e < DEEP; e += FEW) {
+        float few[SUMS][BS / 16][TILES][4] = {};
+        multiply_down<FEW>(few, strip, depth * DEEP + e);
+        add_to(sums[0], few[1]);
+        add_to(sums[0], few[0]);
+      }
+    }
+    // The last strip's parts have been read by now: all warps have agreed to go ahead since, or a
+    // total has come for which all shares had been sent.
     float* mine = reinterpret_cast<float*>(shared + At::PARTS) + depth * BS * (KP + GAP);
     UNROLL
     for (int m = 0; m < BS / 16; ++m) {
@@ -178,11 +208,11 @@ struct Products {
         for (int j = 0; j < TILES; ++j) {
           const int n = lane % 4 * 2;
           if constexpr (SIZE == 2) {
-            *reinterpret_cast<float2*>(row + j * 8 + n) = {sums[m][j][low * 2],
-                                                           sums[m][j][low * 2 + 1]};
+            *reinterpret_cast<float2*>(row + j * 8 + n) = {sums[0][m][j][low * 2],
+                                                           sums[0][m][j][low * 2 + 1]};
           } else {
-            row[n * TILES + j] = sums[m][j][low * 2];
-            row[n * TILES + TILES + j] = sums[m][j][low * 2 + 1];
+            row[n * TILES + j] = sums[0][m][j][low * 2];
+            row[n * TILES + TILES + j] = sums[0][m][j][low * 2 + 1];
           }
         }
       }
@@ -214,7 +244,7 @@ struct Products {
     for (int tile = 0; tile < SLICE / WARPS; tile += WIDE) {
       const int e = warp * (SLICE / WARPS) + tile;
       if (e >= width) break;
-      float sums[WIDE / 16][BS / 16][2][4] = {};
+      float sums[SUMS][WIDE / 16][BS / 16][2][4] = {};
       UNROLL
       for (int j = 0; j < KP / STEP; ++j) {
         Fragment<T> v[WIDE / 16];
@@ -230,15 +260,17 @@ struct Products {
           UNROLL
           for (int i = 0; i < WIDE / 16 * BS / 16 * 2; ++i) {
             const int w = i / (BS / 8), m = i / 2 % (BS / 16), h = i % 2;
-            LEFT ? multiply(sums[w][m][h], v[w], c[m][j], h, product)
-                 : multiply(sums[w][m][h], c[m][j], v[w], h, product);
+            float(&sum)[4] = sums[sum_of(product)][w][m][h];
+            LEFT ? multiply(sum, v[w], c[m][j], h, product)
+                 : multiply(sum, c[m][j], v[w], h, product);
           }
         }
       }
+      if constexpr (SUMS == 2) add_to(sums[0], sums[1]);
       UNROLL
       for (int i = 0; i < WIDE / 16 * BS / 16; ++i) {
         const int w = i / (BS / 16), m = i % (BS / 16);
-        subtract(strip, m, e + w * 16, sums[w][m], scale[m]);
+        subtract(strip, m, e + w * 16, sums[0][w][m], scale[m]);
       }
     }
   }
