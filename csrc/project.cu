@@ -1,5 +1,8 @@
 #include "project.cuh"
 
+#include <array>
+#include <map>
+#include <mutex>
 #include <type_traits>
 
 #include "bindings.h"
@@ -16,16 +19,35 @@ __global__ void __launch_bounds__(Strips<T, LEFT, KP, SLICE, BS>::THREADS, 1)
 #endif
 }
 
+// Clusters that run at once, asked for once: a launch is to cost the host a few microseconds.
+static cudaError_t clusters_at_once(
+    void (*kernel)(Job), const cudaLaunchConfig_t& config, int room, int& clusters) {
+  static std::mutex mutex;
+  static std::map<std::array<int64_t, 4>, int> known;
+  int device = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error != cudaSuccess) return error;
+  const std::array<int64_t, 4> key = {reinterpret_cast<int64_t>(kernel), device,
+                                      int64_t(config.gridDim.x), int64_t(config.dynamicSmemBytes)};
+  const std::lock_guard<std::mutex> lock(mutex);
+  const auto found = known.find(key);
+  if (found != known.end()) {
+    clusters = found->second;
+    return cudaSuccess;
+  }
+  error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, room);
+  if (error == cudaSuccess) error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+  if (error == cudaSuccess) known[key] = clusters;
+  return error;
+}
+
 template <typename T, bool LEFT, int KP, int SLICE>
-static cudaError_t launch(const Job& job, const Plan& plan, cudaStream_t stream) {
+static cudaError_t launch(const Job& job, const Plan& plan, int room, cudaStream_t stream) {
   constexpr int BS = strip_of(sizeof(T), SLICE);
   if constexpr (!Layout<sizeof(T), KP, SLICE, BS>::POSSIBLE) {
     return cudaErrorInvalidConfiguration;
   } else {
     const auto kernel = project_kernel<T, LEFT, KP, SLICE, BS>;
-    cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.bytes);
-    if (error != cudaSuccess) return error;
     cudaLaunchAttribute attribute;
     attribute.id = cudaLaunchAttributeClusterDimension;
     attribute.val.clusterDim = {static_cast<unsigned>(plan.blocks), 1, 1};
@@ -37,7 +59,7 @@ static cudaError_t launch(const Job& job, const Plan& plan, cudaStream_t stream)
     config.attrs = &attribute;
     config.numAttrs = 1;
     int clusters = 0;
-    error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    const cudaError_t error = clusters_at_once(kernel, config, room, clusters);
     if (error != cudaSuccess) return error;
     if (clusters == 0) return cudaErrorInvalidConfiguration;
     config.gridDim = dim3(plan.blocks * std::min(clusters, (job.n + BS - 1) / BS));
@@ -46,26 +68,28 @@ static cudaError_t launch(const Job& job, const Plan& plan, cudaStream_t stream)
 }
 
 template <typename T, bool LEFT, int KP>
-static cudaError_t with_slice(const Job& job, const Plan& plan, cudaStream_t stream) {
-  if (plan.slice == 512) return launch<T, LEFT, KP, 512>(job, plan, stream);
-  if (plan.slice == 1024) return launch<T, LEFT, KP, 1024>(job, plan, stream);
-  return launch<T, LEFT, KP, 2048>(job, plan, stream);
+static cudaError_t with_slice(const Job& job, const Plan& plan, int room, cudaStream_t stream) {
+  if (plan.slice == 512) return launch<T, LEFT, KP, 512>(job, plan, room, stream);
+  if (plan.slice == 1024) return launch<T, LEFT, KP, 1024>(job, plan, room, stream);
+  return launch<T, LEFT, KP, 2048>(job, plan, room, stream);
 }
 
 template <typename T, bool LEFT>
-static cudaError_t with_rank(const Job& job, const Plan& plan, cudaStream_t stream) {
-  if (plan.kp == 16) return with_slice<T, LEFT, 16>(job, plan, stream);
-  if (plan.kp == 32) return with_slice<T, LEFT, 32>(job, plan, stream);
-  return with_slice<T, LEFT, 64>(job, plan, stream);
+static cudaError_t with_rank(const Job& job, const Plan& plan, int room, cudaStream_t stream) {
+  if (plan.kp == 16) return with_slice<T, LEFT, 16>(job, plan, room, stream);
+  if (plan.kp == 32) return with_slice<T, LEFT, 32>(job, plan, room, stream);
+  return with_slice<T, LEFT, 64>(job, plan, room, stream);
 }
 
 template <typename T>
 static cudaError_t with_side(Job job, bool left, const Device& device, cudaStream_t stream) {
-  const Plan plan = plan_for<sizeof(T)>(job.d, job.k, device.shared_per_block);
+  const int room = device.shared_per_block;
+  const Plan plan = plan_for<sizeof(T)>(job.d, job.k, room);
   if (device.major < 9 || plan.slice == 0) return cudaErrorInvalidConfiguration;
   job.width = plan.width;
   job.stages = plan.stages;
-  return left ? with_rank<T, true>(job, plan, stream) : with_rank<T, false>(job, plan, stream);
+  return left ? with_rank<T, true>(job, plan, room, stream)
+              : with_rank<T, false>(job, plan, room, stream);
 }
 
 int project_strips(const Job& job, Kind kind, const Device& device) {

@@ -253,7 +253,9 @@ def main() -> None:
             "shared": p.bytes,
             "blocks a multiprocessor": 1,
             "in flight": (p.stages - 1) * p.strip * p.width * size,
-            "barriers a strip": sum("BAR" in i["text"] for i in body),
+            "barriers a strip": sum(bool(re.search(r"\bBAR\.", i["text"])) for i in body),
+            "memory bytes a byte of T": round(2 + 4 * k / (size * n), 3),
+            "L2 bytes a byte of T": round(2 + clusters * 4 * k / (size * n), 3),
             "sent a byte of T": round(
                 (4 + size)
                 * p.strip
