@@ -41,9 +41,8 @@ static cudaError_t clusters_at_once(
   return error;
 }
 
-template <typename T, bool LEFT, int KP, int SLICE>
+template <typename T, bool LEFT, int KP, int SLICE, int BS>
 static cudaError_t launch(const Job& job, const Plan& plan, int room, cudaStream_t stream) {
-  constexpr int BS = strip_of(sizeof(T), SLICE);
   if constexpr (!Layout<sizeof(T), KP, SLICE, BS>::POSSIBLE) {
     return cudaErrorInvalidConfiguration;
   } else {
@@ -69,9 +68,10 @@ static cudaError_t launch(const Job& job, const Plan& plan, int room, cudaStream
 
 template <typename T, bool LEFT, int KP>
 static cudaError_t with_slice(const Job& job, const Plan& plan, int room, cudaStream_t stream) {
-  if (plan.slice == 512) return launch<T, LEFT, KP, 512>(job, plan, room, stream);
-  if (plan.slice == 1024) return launch<T, LEFT, KP, 1024>(job, plan, room, stream);
-  return launch<T, LEFT, KP, 2048>(job, plan, room, stream);
+  if (plan.strip == 32) return launch<T, LEFT, KP, 512, 32>(job, plan, room, stream);
+  if (plan.slice == 512) return launch<T, LEFT, KP, 512, 16>(job, plan, room, stream);
+  if (plan.slice == 1024) return launch<T, LEFT, KP, 1024, 16>(job, plan, room, stream);
+  return launch<T, LEFT, KP, 2048, 16>(job, plan, room, stream);
 }
 
 template <typename T, bool LEFT>

@@ -32,8 +32,17 @@ def plan(size: int, d: int, k: int, room: int) -> Plan | None:
     slice = next((s for s in (512, 1024, 2048) if d <= LARGEST_CLUSTER * s), None)
     if slice is None or k > LARGEST_K:
         return None
+    short = size == 2 and slice == 512
+    for strip, most in ((32, 227), (16, 99)) if short else ((16, 227),):
+        if found := _with_strip(size, d, k, room, slice, strip, most << 10):
+            return found
+    return None
+
+
+def _with_strip(
+    size: int, d: int, k: int, room: int, slice: int, strip: int, most: int
+) -> Plan | None:
     kp = 16 if k <= 16 else 32 if k <= 32 else 64
-    strip = 32 if size == 2 and slice == 512 else 16
     depth = WARPS if kp == 16 else WARPS // 2
     basis, parts = slice * kp * size, depth * strip * (kp + GAP) * 4
     inbox, total = 2 * strip * kp * 4, 2 * strip * kp * size
@@ -41,7 +50,7 @@ def plan(size: int, d: int, k: int, room: int) -> Plan | None:
     fixed = basis + parts + inbox + total + scales + (2 * MOST_STAGES + 4) * 8 + 128
     stage = strip * (slice * size + 16)
     stages = min((room - fixed) // stage, MOST_STAGES)
-    if stages < 2 or fixed + 2 * stage > 227 * 1024:
+    if stages < 2 or fixed + 2 * stage > most:
         return None
     blocks = 1
     while blocks * slice < d:
