@@ -24,7 +24,7 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ARCHITECTURES = ("80", "90a", "100", "120")
+ARCHITECTURES = ("90a", "100", "120")  # clusters begin with 9.0
 CSRC = Path("csrc")  # from here, and not from /: what a compiler writes down names no machine
 
 

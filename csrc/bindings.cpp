@@ -17,7 +17,6 @@
 #include <vector>
 
 #include "project.cuh"
-#include "project_list.cuh"
 
 using torch::stable::Tensor;
 
@@ -60,32 +59,21 @@ static cudaStream_t stream_of(int index) {
   return static_cast<cudaStream_t>(stream);
 }
 
-static Kind kind_of(const Tensor& t) {
-  switch (t.scalar_type()) {
-    case torch::headeronly::ScalarType::Float:
-      return FLOAT;
-    case torch::headeronly::ScalarType::BFloat16:
-      return BFLOAT;
-    case torch::headeronly::ScalarType::Half:
-      return HALF;
-    default:
-      STD_TORCH_CHECK(false, "grasp: the kernels take fp32, bf16 and fp16");
-  }
-}
-
 // One matrix as `grasp_kernels/matrices.py` lays it out: two addresses, then a `Row`.
 struct Row {
-  int64_t in, out, basis, C, n, d, k, in_step, out_step, basis_d, basis_k, C_n, C_k, kind, left;
+  int64_t in, out, basis, C, n, d, k, in_step, out_step, basis_d, basis_k, C_n, C_k, kind, left,
+      vector;
 };
 
+// Rows of whole 16 bytes, and d in whole matrix instructions.
 static bool is_aligned(const Row& r) {
-  // Chunks of 16 bytes: 8 elements of 16 bits.
-  const auto ok = [](int64_t p, int64_t step) { return p % 16 == 0 && step % 8 == 0; };
-  return ok(r.in, r.in_step) && ok(r.out, r.out_step) && (r.left ? r.n : r.d) % 8 == 0;
+  const int64_t size = r.kind == FLOAT ? 4 : 2;
+  const auto ok = [size](int64_t p, int64_t step) { return p % 16 == 0 && step * size % 16 == 0; };
+  return ok(r.in, r.in_step) && ok(r.out, r.out_step) && r.d % 32 == 0 &&
+         (r.left == 0 || r.n * size % 16 == 0);
 }
 
-constexpr int64_t LARGE = 1 << 20;  // elements from which a matrix gets a launch of its own
-
+// Each row a launch; its energies take one pair for each of its strips.
 static void project_all(Tensor rows, int64_t index, int64_t energies) {
   constexpr int64_t COLUMNS = sizeof(Row) / sizeof(int64_t);
   STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == COLUMNS && rows.is_contiguous(),
@@ -93,57 +81,26 @@ static void project_all(Tensor rows, int64_t index, int64_t energies) {
   const torch::stable::accelerator::DeviceGuard guard(index);
   const Device& device = device_of(index);
   const cudaStream_t stream = stream_of(index);
-  Table table;
-  table.count = 0;
-  int strips = 0, widest = 0;
-  int64_t before = 0;  // strips of SIDE positions up to here: where a matrix's energies are
-  const auto energies_here = [&] {
-    return energies ? reinterpret_cast<float*>(energies) + 2 * before : nullptr;
-  };
-  const auto launch = [&] {
-    if (table.count) check(project_list(table, strips, widest, stream), "project_list");
-    table.count = strips = widest = 0;
-  };
+  int64_t before = 0;  // strips up to here
   const Row* row = static_cast<const Row*>(rows.data_ptr());
   for (const Row* const end = row + rows.size(0); row != end; ++row) {
     const Row& r = *row;
-    if (r.n == 0 || r.d == 0) continue;
-    const auto in = reinterpret_cast<void*>(r.in), out = reinterpret_cast<void*>(r.out);
-    const auto basis = reinterpret_cast<const float*>(r.basis);
-    const auto C = reinterpret_cast<const float*>(r.C);
-    const int n = r.n, d = r.d, k = r.k;
-    const Job job{in,        out,   basis, C, r.in_step, r.out_step, r.basis_d,
-                  r.basis_k, r.C_n, r.C_k, n, d,         k,          0,
-                  energies_here()};
-    const int own = (n + SIDE - 1) / SIDE;
-    if (r.kind != FLOAT && r.n * r.d >= LARGE && is_aligned(r) &&
-        project_fits(job, r.left, device)) {
-      check(project(job, r.kind == HALF, r.left, device, stream), "project");
-      if (energies) launch();  // those of what follows lie elsewhere
-      before += own;
-      continue;
-    }
-    STD_TORCH_CHECK(std::max(r.in_step, r.out_step) <= INT32_MAX, "grasp: rows too far apart");
-    if (table.count == ENTRIES) launch();
-    if (table.count == 0) table.energies = energies_here();
-    table.entries[table.count++] = {in,
-                                    out,
-                                    basis,
-                                    C,
-                                    static_cast<int>(r.in_step),
-                                    static_cast<int>(r.out_step),
-                                    n,
-                                    d,
-                                    strips,
-                                    static_cast<short>(k),
-                                    static_cast<unsigned char>(r.kind),
-                                    r.left != 0,
-                                    C != nullptr && r.C_n == 1 && r.C_k == n};
-    strips += own;
-    before += own;
-    widest = std::max(widest, k);
+    Job job{};
+    job.in = reinterpret_cast<void*>(r.in);
+    job.out = reinterpret_cast<void*>(r.out);
+    job.basis = reinterpret_cast<const float*>(r.basis);
+    job.C = reinterpret_cast<const float*>(r.C);
+    job.in_step = r.in_step, job.out_step = r.out_step;
+    job.basis_d = r.basis_d, job.basis_k = r.basis_k, job.C_n = r.C_n, job.C_k = r.C_k;
+    job.n = r.n, job.d = r.d, job.k = r.k;
+    if (energies) job.energies = reinterpret_cast<float*>(energies) + 2 * before;
+    const Kind kind = static_cast<Kind>(r.kind);
+    const int strips = project_strips(job, kind, device);
+    STD_TORCH_CHECK(strips > 0 && is_aligned(r), "grasp: no kernel takes a ", r.n, " by ", r.d,
+                    " matrix with k = ", r.k, " on this device as it lies; project it by triton");
+    check(project(job, kind, r.left != 0, device, stream), "project");
+    before += strips;
   }
-  launch();
 }
 
 }  // namespace grasp

@@ -1,68 +1,54 @@
 // The kernels' own code, run by emulate.hpp; built and called by the tests.
 #define GRASP_EMULATE
 #include "project.cuh"
-#include "project_list.cuh"
 
 using namespace grasp;
 
-template <typename T, bool LEFT, int KP>
-static int run(const Job& job, int blocks, int clusters) {
-  constexpr int BS = 32;
-  const int bytes = Layout<LEFT, KP, BS>(job.slice).bytes;
-  try {
-    for (int cluster = 0; cluster < clusters; ++cluster) {
-      run_cluster(blocks, THREADS, bytes, [&](int) {
-        project_strips<T, LEFT, KP, BS>(job, shared_now(), cluster, clusters);
-      });
-    }
-  } catch (const std::exception&) {
-    return 1;
+static std::string error;  // of the last call
+
+template <typename T, bool LEFT, int KP, int SLICE, int BS>
+static void run(const Job& job, int blocks, int clusters, unsigned seed) {
+  using Kernel = Strips<T, LEFT, KP, SLICE, BS>;
+  const int bytes = Kernel::At::STAGES + job.stages * Kernel::At::STAGE;
+  for (int cluster = 0; cluster < clusters && error.empty(); ++cluster) {
+    error = run_cluster(blocks, Kernel::THREADS, bytes, seed + cluster, [&] {
+      Kernel(job, shared_now(), cluster, clusters).run();
+    });
   }
-  return 0;
 }
 
-template <typename T, bool LEFT>
-static int with_rank(const Job& job, int blocks, int clusters) {
-  if (job.k <= 16) return run<T, LEFT, 16>(job, blocks, clusters);
-  if (job.k <= 32) return run<T, LEFT, 32>(job, blocks, clusters);
-  return run<T, LEFT, 64>(job, blocks, clusters);
+template <typename T, int SLICE, int BS>
+static void with(const Job& job, bool left, int blocks, int clusters, unsigned seed) {
+  const auto rank = [&](auto kp) {
+    left ? run<T, true, kp, SLICE, BS>(job, blocks, clusters, seed)
+         : run<T, false, kp, SLICE, BS>(job, blocks, clusters, seed);
+  };
+  if (job.k <= 16) return rank(std::integral_constant<int, 16>());
+  if (job.k <= 32) return rank(std::integral_constant<int, 32>());
+  return rank(std::integral_constant<int, 64>());
 }
 
-extern "C" int project(const Job* job, int half, int left, int blocks, int clusters) {
-  if (half) {
-    return left ? with_rank<fp16, true>(*job, blocks, clusters)
-                : with_rank<fp16, false>(*job, blocks, clusters);
+// Slices of 128 or 256, so that small matrices have several; what went wrong, or nothing.
+extern "C" const char* project(
+    const Job* job, int kind, int left, int slice, int blocks, int clusters, unsigned seed) {
+  error.clear();
+  if (kind == FLOAT) {
+    with<float, 128, 16>(*job, left, blocks, clusters, seed);
+  } else if (kind == BFLOAT) {
+    slice == 128 ? with<bf16, 128, 32>(*job, left, blocks, clusters, seed)
+                 : with<bf16, 256, 16>(*job, left, blocks, clusters, seed);
+  } else {
+    slice == 128 ? with<fp16, 128, 32>(*job, left, blocks, clusters, seed)
+                 : with<fp16, 256, 16>(*job, left, blocks, clusters, seed);
   }
-  return left ? with_rank<bf16, true>(*job, blocks, clusters)
-              : with_rank<bf16, false>(*job, blocks, clusters);
+  return error.c_str();
 }
 
-template <int KP>
-static int run_list(const Table& table, int strips) {
-  try {
-    for (int strip = 0; strip < strips; ++strip) {
-      run_cluster(1, LIST_THREADS, LIST_THREADS / 32 * SIDE * KP * 4, [&](int) {
-        project_list<KP>(table, strip, reinterpret_cast<float*>(shared_now()));
-      });
-    }
-  } catch (const std::exception&) {
-    return 1;
-  }
-  return 0;
+extern "C" void plan(int size, int d, int k, int room, Plan* found) {
+  *found = size == 4 ? plan_for<4>(d, k, room) : plan_for<2>(d, k, room);
 }
 
-extern "C" int project_entries(const Entry* entries, int count, int strips, int k,
-                               float* energies) {
-  Table table;
-  table.energies = energies;
-  std::memcpy(table.entries, entries, sizeof(Entry) * count);
-  table.count = count;
-  if (k <= 8) return run_list<8>(table, strips);
-  if (k <= 16) return run_list<16>(table, strips);
-  return k <= 32 ? run_list<32>(table, strips) : run_list<64>(table, strips);
-}
-
-// What the projections have moved since the last call.
+// Bytes that the projections have moved since the last call.
 extern "C" void moved(int64_t* read, int64_t* written) {
   *read = bytes_read;
   *written = bytes_written;

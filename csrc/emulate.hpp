@@ -1,14 +1,26 @@
 // A grid on a CPU: every thread of a cluster is a fiber, run in turn until it waits for others.
-// Warp-wide instructions follow the fragment layouts of the PTX manual (mma.m16n8k16, ldmatrix).
+// Warp-wide instructions follow the fragment layouts of the PTX manual (mma, ldmatrix, stmatrix).
+//
+// It is meant to show mistakes: shared memory starts as NaN; a copy, a store or a message to
+// another block comes late and in any order, under half of the seeds only when nothing else can
+// run; the order of warps and lanes is drawn from the seed too; addresses and sizes are checked; a
+// wait that never ends is an error.
 #pragma once
 
+#undef _FORTIFY_SOURCE  // it takes a jump to another stack for a mistake
+#include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <memory>
+#include <random>
 #include <stdexcept>
+#include <string>
+#include <type_traits>
 #include <vector>
 
 #define DEVICE inline
@@ -17,225 +29,258 @@
 
 namespace grasp {
 
+using std::memcpy;
 using std::sqrt;
 
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
 struct bf16 {
   uint16_t bits;
 };
 struct fp16 {
   _Float16 value;
 };
+
+template <typename To, typename From>
+To same_bits(From x) {
+  static_assert(sizeof(To) == sizeof(From), "of one size");
+  To to;
+  memcpy(&to, &x, sizeof to);
+  return to;
+}
+inline uint32_t bits_of(float x) { return same_bits<uint32_t>(x); }
+inline float float_of(uint32_t bits) { return same_bits<float>(bits); }
 inline float widen(float x) { return x; }
-inline void round_to(float& to, float x) { to = x; }
-inline float widen(bf16 x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
-}
+inline float widen(bf16 x) { return float_of(uint32_t(x.bits) << 16); }
 inline float widen(fp16 x) { return float(x.value); }
-inline void round_to(bf16& to, float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  to.bits = uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
-}
+inline void round_to(float& to, float x) { to = x; }
 inline void round_to(fp16& to, float x) { to.value = _Float16(x); }
+inline void round_to(bf16& to, float x) {
+  const uint32_t bits = bits_of(x);
+  to.bits = std::isnan(x) ? 0x7FFF : uint16_t((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+}
+template <typename T>
+uint32_t pack(float x, float y, T) {
+  T pair[2];
+  round_to(pair[0], x), round_to(pair[1], y);
+  uint32_t both;
+  memcpy(&both, pair, 4);
+  return both;
+}
+template <typename T>
+float2 unpack(uint32_t pair, T) {
+  return {widen(same_bits<T>(uint16_t(pair))), widen(same_bits<T>(uint16_t(pair >> 16)))};
+}
 
 struct Barrier {
-  int waiting = 0, generation = 0;
+  int waiting = 0;
+  uint8_t generation = 0;
 };
 struct Warp {
-  const void* rows[32];
-  uint32_t a[32][4], b[32][2];
-  double values[32];
+  struct {  // what its lanes show each other; two in turn, so that one wait is enough
+    const void* rows[32];
+    float a[32][8], b[32][4];
+    double values[32];
+  } shown[2];
   Barrier barrier;
 };
 struct Block {
-  std::vector<char> shared;
+  std::vector<char> memory;
+  char* shared;
   std::vector<Warp> warps;
-  Barrier barrier;
+  Barrier all, named;
+  bool vote = true, voted = true;
+};
+struct Copies {  // of one thread, up to an arrival
+  int left = 0;
+  uint64_t* flag = nullptr;
 };
 struct Fiber {
-  ucontext_t context;
-  std::vector<char> stack;
+  jmp_buf here;
+  ucontext_t start;
+  std::unique_ptr<char[]> stack{new char[STACK]};
   int block, thread;
-  bool done = false;
+  bool started, done;
+  unsigned shown;
+  // It waits while the bits `mask` of what lies at `watched` are `value`.
+  const uint8_t* watched;
+  uint8_t mask, value;
+  std::shared_ptr<Copies> copies;
+  int uncommitted;
+  struct Stores {  // committed bulk stores
+    int left = 0;
+    uint8_t busy = 0;
+  } unread, unwritten;
+  std::vector<const char*> unfenced;  // rows that the copy engine may not see yet
+  static constexpr size_t STACK = 1 << 15;
+
+  bool waits() const { return watched != nullptr && (*watched & mask) == value; }
 };
 struct Cluster {
   std::vector<Block> blocks;
-  std::vector<Fiber> fibers;
+  std::vector<std::unique_ptr<Fiber>> fibers;
+  std::vector<std::function<bool()>> pending;  // copies on their way; true where it has to go on
+  std::mt19937 random;
   Barrier barrier;
-  ucontext_t main;
+  jmp_buf main;
   Fiber* now = nullptr;
-  std::function<void(int)> body;
+  bool woke = false;  // a wait may have ended
+  std::string error;
+  std::function<void()> body;
 };
-inline Cluster* cluster_now = nullptr;
+inline Cluster cluster_now;
 
-inline Block& block_now() { return cluster_now->blocks[cluster_now->now->block]; }
+inline Fiber& fiber_now() { return *cluster_now.now; }
+inline Block& block_now() { return cluster_now.blocks[fiber_now().block]; }
+inline Warp& warp_now() { return block_now().warps[fiber_now().thread / 32]; }
+inline int lane_now() { return fiber_now().thread % 32; }
+inline char* shared_now() { return block_now().shared; }
+
+inline void wait_while(const uint8_t* watched, uint8_t mask, uint8_t value) {
+  Fiber& fiber = fiber_now();
+  fiber.watched = watched, fiber.mask = mask, fiber.value = value;
+  if (fiber.waits() && !_setjmp(fiber.here)) _longjmp(cluster_now.main, 1);
+  fiber.watched = nullptr;
+}
 inline void wait(Barrier& barrier, int count) {
-  const int generation = barrier.generation;
+  const uint8_t generation = barrier.generation;
   if (++barrier.waiting == count) {
     barrier.waiting = 0;
     ++barrier.generation;
-    return;
+  } else {
+    wait_while(&barrier.generation, 0xFF, generation);
   }
-  while (barrier.generation == generation) {
-    swapcontext(&cluster_now->now->context, &cluster_now->main);
+}
+inline void wait_for_warp() { wait(warp_now().barrier, 32); }
+inline auto& shown_now() { return warp_now().shown[++fiber_now().shown % 2]; }
+
+inline void enter() {
+  try {
+    cluster_now.body();
+  } catch (const std::exception& error) {
+    cluster_now.error = error.what();
   }
+  fiber_now().done = true;
+  _longjmp(cluster_now.main, 1);
+}
+inline void resume(Fiber& fiber) {
+  cluster_now.now = &fiber;
+  if (_setjmp(cluster_now.main)) return;
+  if (fiber.started) _longjmp(fiber.here, 1);
+  fiber.started = true;
+  setcontext(&fiber.start);
+}
+inline void deliver() {
+  auto& pending = cluster_now.pending;
+  for (cluster_now.woke = false; !pending.empty() && !cluster_now.woke;) {
+    std::swap(pending[cluster_now.random() % pending.size()], pending.back());
+    const auto copy = std::move(pending.back());
+    pending.pop_back();
+    if (copy()) pending.push_back(copy);
+  }
+}
+
+// Runs `body` in every thread of a cluster; what went wrong, or nothing.
+inline std::string run_cluster(
+    int blocks, int threads, int shared, unsigned seed, std::function<void()> body) {
+  Cluster& cluster = cluster_now;
+  cluster.body = body;
+  cluster.random.seed(seed);
+  cluster.error.clear();
+  cluster.pending.clear();
+  cluster.barrier = Barrier();
+  cluster.blocks.assign(blocks, Block());
+  for (Block& block : cluster.blocks) {
+    block.memory.assign(shared + 128, char(0xFF));
+    block.shared = block.memory.data() + (-reinterpret_cast<uintptr_t>(block.memory.data()) & 127);
+    block.warps.resize(threads / 32);
+  }
+  while (int(cluster.fibers.size()) < blocks * threads) cluster.fibers.emplace_back(new Fiber());
+  for (auto& fiber : cluster.fibers) fiber->unfenced.clear();  // an earlier run's too
+  std::vector<std::vector<Fiber*>> warps(blocks * threads / 32);
+  for (int i = 0; i < blocks * threads; ++i) {
+    Fiber& fiber = *cluster.fibers[i];
+    fiber.block = i / threads, fiber.thread = i % threads;
+    fiber.started = fiber.done = false;
+    fiber.shown = fiber.uncommitted = 0;
+    fiber.watched = nullptr;
+    fiber.copies = std::make_shared<Copies>();
+    fiber.unread = fiber.unwritten = {};
+    getcontext(&fiber.start);
+    fiber.start.uc_stack.ss_sp = fiber.stack.get();
+    fiber.start.uc_stack.ss_size = Fiber::STACK;
+    fiber.start.uc_link = nullptr;
+    makecontext(&fiber.start, enter, 0);
+    warps[i / 32].push_back(&fiber);
+  }
+  std::shuffle(warps.begin(), warps.end(), cluster.random);
+  for (auto& warp : warps) {
+    if (cluster.random() % 2) std::reverse(warp.begin(), warp.end());
+  }
+  const bool greedy = cluster.random() % 2;  // a warp goes on until it waits for others
+  const bool early = cluster.random() % 2;  // or copies come only when nothing else can run
+  for (int left = blocks * threads; left > 0;) {
+    bool any = false;
+    if (early && cluster.random() % 4 == 0) deliver();
+    for (auto& warp : warps) {
+      bool again = true;
+      while (again) {
+        again = false;
+        for (Fiber* fiber : warp) {
+          if (fiber->done || fiber->waits()) continue;
+          resume(*fiber);
+          if (!cluster.error.empty()) return cluster.error;
+          left -= fiber->done;
+          any = again = true;
+        }
+        again = again && greedy;
+      }
+    }
+    if (any) continue;
+    if (cluster.pending.empty()) return "deadlock";
+    deliver();
+  }
+  while (!cluster.pending.empty()) deliver();
+  return cluster.error;
 }
 
 struct Index {
   struct Value {
-    operator int() const { return cluster_now->now->thread; }
+    operator int() const { return fiber_now().thread; }
   } x;
 };
 inline Index threadIdx;
 
-inline void __syncthreads() { wait(block_now().barrier, int(block_now().warps.size()) * 32); }
-inline int cluster_size() { return int(cluster_now->blocks.size()); }
-inline int cluster_rank() { return cluster_now->now->block; }
-inline void cluster_sync() { wait(cluster_now->barrier, int(cluster_now->fibers.size())); }
-template <typename T>
-T* of_rank(T* shared, int rank) {
-  const auto offset = reinterpret_cast<char*>(shared) - block_now().shared.data();
-  return reinterpret_cast<T*>(cluster_now->blocks[rank].shared.data() + offset);
+inline void __syncthreads() { wait(block_now().all, int(block_now().warps.size()) * 32); }
+template <int THREADS>
+void sync_first_threads() {
+  wait(block_now().named, THREADS);
 }
-
-inline int64_t bytes_read = 0, bytes_written = 0;  // of matrices, to and from global memory
-
-inline void check_aligned(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % 16) throw std::runtime_error("not aligned to 16 bytes");
+template <int THREADS>
+bool all_of_first_threads(bool yes) {
+  Block& block = block_now();
+  block.vote = block.vote && yes;
+  if (block.named.waiting + 1 == THREADS) block.voted = block.vote, block.vote = true;
+  wait(block.named, THREADS);
+  return block.voted;
 }
-inline void copy16(void* shared, const void* global, bool inside) {
-  check_aligned(shared);
-  check_aligned(global);
-  inside ? std::memcpy(shared, global, 16) : std::memset(shared, 0, 16);
-  bytes_read += inside ? 16 : 0;
-}
-inline void write16(void* global, const void* shared) {
-  check_aligned(shared);
-  check_aligned(global);
-  std::memcpy(global, shared, 16);
-  bytes_written += 16;
-}
-inline void copies_commit() {}
-template <int N>
-void copies_wait() {}
-
-inline Warp& warp_now() { return block_now().warps[cluster_now->now->thread / 32]; }
-inline uint16_t element(const void* row, int i) {
-  return static_cast<const uint16_t*>(row)[i];
-}
-inline void load4(uint32_t (&r)[4], const void* row) {
-  check_aligned(row);
-  Warp& warp = warp_now();
-  const int lane = cluster_now->now->thread % 32;
-  warp.rows[lane] = row;
-  wait(warp.barrier, 32);
-  for (int m = 0; m < 4; ++m) {
-    const void* from = warp.rows[m * 8 + lane / 4];
-    r[m] = element(from, lane % 4 * 2) | uint32_t(element(from, lane % 4 * 2 + 1)) << 16;
-  }
-  wait(warp.barrier, 32);
-}
-inline void load4_transposed(uint32_t (&r)[4], const void* row) {
-  check_aligned(row);
-  Warp& warp = warp_now();
-  const int lane = cluster_now->now->thread % 32;
-  warp.rows[lane] = row;
-  wait(warp.barrier, 32);
-  for (int m = 0; m < 4; ++m) {
-    const int down = m * 8 + lane % 4 * 2, across = lane / 4;
-    r[m] = element(warp.rows[down], across) | uint32_t(element(warp.rows[down + 1], across)) << 16;
-  }
-  wait(warp.barrier, 32);
-}
-
-template <typename T>
-T shuffle(T x, int apart) {
-  Warp& warp = warp_now();
-  const int lane = cluster_now->now->thread % 32;
-  warp.values[lane] = x;
-  wait(warp.barrier, 32);
-  const T other = T(warp.values[lane ^ apart]);
-  wait(warp.barrier, 32);
-  return other;
-}
-
-template <typename T>
-float half_of(uint32_t pair, int which) {
-  const uint16_t bits = uint16_t(pair >> 16 * which);
-  T x;
-  std::memcpy(&x, &bits, 2);
-  return widen(x);
-}
-template <typename T>
-void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T) {
-  Warp& warp = warp_now();
-  const int lane = cluster_now->now->thread % 32;
-  std::memcpy(warp.a[lane], a, 16);
-  warp.b[lane][0] = b0;
-  warp.b[lane][1] = b1;
-  wait(warp.barrier, 32);
-  for (int i = 0; i < 4; ++i) {
-    const int row = lane / 4, column = lane % 4 * 2 + i % 2, low = i / 2;  // rows row + 8 low
-    float sum = 0.0f;
-    for (int k = 0; k < 16; ++k) {
-      const int holder = k % 8 / 2;
-      const float x = half_of<T>(warp.a[row * 4 + holder][low + k / 8 * 2], k % 2);
-      const float y = half_of<T>(warp.b[column * 4 + holder][k / 8], k % 2);
-      sum += x * y;
-    }
-    d[i] += sum;
-  }
-  wait(warp.barrier, 32);
-}
-
-inline void enter() {
-  Cluster& cluster = *cluster_now;
-  cluster.body(cluster.now->block);
-  cluster.now->done = true;
-  swapcontext(&cluster.now->context, &cluster.main);
-}
-
-// Runs `body(block)` in every thread of `blocks` blocks; fails where some wait for ever.
-inline void run_cluster(int blocks, int threads, int shared, std::function<void(int)> body) {
-  Cluster cluster;
-  cluster_now = &cluster;
-  cluster.body = body;
-  cluster.blocks.resize(blocks);
-  for (Block& block : cluster.blocks) {
-    block.shared.assign(shared + 16, char(0x7F));  // as uninitialised memory may be: not 0
-    block.warps.resize(threads / 32);
-  }
-  cluster.fibers.resize(size_t(blocks) * threads);
-  for (int i = 0; i < int(cluster.fibers.size()); ++i) {
-    Fiber& fiber = cluster.fibers[i];
-    fiber.block = i / threads;
-    fiber.thread = i % threads;
-    fiber.stack.resize(1 << 15);
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = nullptr;
-    makecontext(&fiber.context, reinterpret_cast<void (*)()>(enter), 0);
-  }
-  int left = int(cluster.fibers.size());
-  for (int idle = 0; left > 0;) {
-    for (Fiber& fiber : cluster.fibers) {
-      if (fiber.done) continue;
-      cluster.now = &fiber;
-      swapcontext(&cluster.main, &fiber.context);
-      if (fiber.done) --left, idle = 0;
-    }
-    if (++idle > 1000000) throw std::runtime_error("deadlock");
-  }
-  cluster_now = nullptr;
-}
-
-inline char* shared_now() {
-  char* p = block_now().shared.data();
-  return p + (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16;
+inline void sync_warp() { wait_for_warp(); }
+inline int cluster_size() { return int(cluster_now.blocks.size()); }
+inline int cluster_rank() { return fiber_now().block; }
+inline void cluster_sync() {
+  wait(cluster_now.barrier, cluster_size() * int(block_now().warps.size()) * 32);
 }
 
 }  // namespace grasp
+
+#include "emulate_instructions.hpp"

@@ -5,7 +5,7 @@ them takes a GPU microseconds. What stays from step to step is done once here.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -143,6 +143,7 @@ class Projector:
         if self.measure:
             self._gather()
         self._layout, self._asked_for = layout, dispatch.asked_for()
+        self._aligned = _aligned(map(Tensor.data_ptr, Ts))
         self._places: OrderedDict[tuple[int, ...], list] = OrderedDict()
         self._laid: list[_Laid] = []
         self._plain: list[int] = []
@@ -185,6 +186,8 @@ class Projector:
                 "a tensor of this projector has changed its shape, dtype or device; make a new one"
             )
         check_distinct(Ts)
+        if self._aligned != _aligned(pointers):  # a kernel may take one and not the other
+            self._lay_out(Ts, self._layout)
         places = [
             laid.launch.places(tuple(pointers[i] + at for i, at in laid.members for _ in range(2)))
             for laid in self._laid
@@ -243,6 +246,10 @@ def _layout_of(Ts: Sequence[Tensor]) -> _Layout:
         [T.dtype for T in Ts],
         [T.device for T in Ts],
     )
+
+
+def _aligned(pointers: Iterable[int]) -> list[bool]:
+    return [pointer % 16 == 0 for pointer in pointers]
 
 
 def _staged(T: Tensor, left: bool) -> bool:

@@ -18,18 +18,14 @@ class Job(c.Structure):
     _fields_ = [
         *((n, c.c_void_p) for n in ("input", "out", "basis", "C")),
         *((n, c.c_int64) for n in ("in_step", "out_step", "basis_d", "basis_k", "C_n", "C_k")),
-        *((n, c.c_int) for n in ("n", "d", "k", "slice")),
+        *((n, c.c_int) for n in ("n", "d", "k", "width", "stages")),
         ("energies", c.c_void_p),
     ]
 
 
-class Entry(c.Structure):
+class Plan(c.Structure):
     _fields_ = [
-        *((n, c.c_void_p) for n in ("input", "out", "basis", "C")),
-        *((n, c.c_int) for n in ("in_step", "out_step", "n", "d", "first")),
-        ("k", c.c_short),
-        ("kind", c.c_ubyte),
-        ("flags", c.c_ubyte),  # bit 0: left; bit 1: C is [k, n]
+        (n, c.c_int) for n in ("kp", "slice", "strip", "blocks", "width", "stages", "bytes")
     ]
 
 
@@ -52,18 +48,27 @@ def _C(C: Tensor | None, side: str) -> tuple[int | None, int, int]:
     return C.data_ptr(), *(C.stride()[::-1] if side == "left" else C.stride())
 
 
+def strip(dtype: torch.dtype, slice: int) -> int:
+    """Positions of a strip in the kernels that are built here."""
+    return 32 if slice == 128 and dtype != torch.float32 else 16
+
+
 def project(
     folder: Path,
     T: Tensor,
     U: Tensor,
     C: Tensor | None,
     side: str,
-    blocks: int,
-    clusters: int,
+    out: Tensor,
+    *,
+    slice: int = 128,
+    blocks: int = 1,
+    clusters: int = 1,
+    stages: int = 2,
+    seed: int = 0,
     energies: Tensor | None = None,
 ) -> Tensor:
-    """By a cluster of `blocks` blocks for each strip, the strips shared among the clusters."""
-    out = torch.full_like(T, 7.0)  # poisoned: what is not written shows
+    """Into `out`, by clusters of `blocks` blocks with `slice` of d and `stages` strips each."""
     d, k = U.shape
     pointer, C_n, C_k = _C(C, side)
     job = Job(
@@ -79,39 +84,23 @@ def project(
         T.numel() // d,
         d,
         k,
-        -(-d // (16 * blocks)) * 16,
+        -(-d // (slice // 8 * blocks)) * (slice // 8),
+        stages,
         None if energies is None else energies.data_ptr(),
     )
-    half, left = int(T.dtype == torch.float16), int(side == "left")
-    assert library(folder).project(c.byref(job), half, left, blocks, clusters) == 0
+    call = library(folder).project
+    call.restype = c.c_char_p
+    kind, left = KINDS[T.dtype], int(side == "left")
+    error = call(c.byref(job), kind, left, slice, blocks, clusters, seed)
+    assert not error, error.decode()
     return out
 
 
-def project_list(
-    folder: Path,
-    Ts: list[Tensor],
-    Us: list[Tensor],
-    Cs: list[Tensor | None],
-    sides: list[str],
-    energies: Tensor | None = None,
-) -> list[Tensor]:
-    """Of unlike matrices, each from its own side."""
-    outs = [torch.full_like(T, 7.0) for T in Ts]
-    Us = [U.contiguous() for U in Us]
-    entries, first = [], 0
-    for T, out, U, C, side in zip(Ts, outs, Us, Cs, sides, strict=True):
-        d, k = U.shape
-        n = T.numel() // d
-        left = int(side == "left")
-        pointers = T.data_ptr(), out.data_ptr(), U.data_ptr(), None if C is None else C.data_ptr()
-        entry = (*pointers, T.stride(0), out.stride(0), n, d, first, k, KINDS[T.dtype], 3 * left)
-        entries.append(Entry(*entry))
-        first += -(-n // 16)
-    table = (Entry * len(entries))(*entries)
-    widest = max(U.shape[1] for U in Us)
-    address = c.c_void_p(None if energies is None else energies.data_ptr())
-    assert library(folder).project_entries(table, len(entries), first, widest, address) == 0
-    return outs
+def plan(folder: Path, size: int, d: int, k: int, room: int) -> Plan:
+    """How the kernel for elements of `size` bytes cuts d; `room` is a block's shared memory."""
+    found = Plan()
+    library(folder).plan(size, d, k, room, c.byref(found))
+    return found
 
 
 def moved(folder: Path) -> tuple[int, int]:
