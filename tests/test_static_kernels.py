@@ -267,8 +267,8 @@ def test_no_configuration_of_triton_spills():
     for r in results:
         assert r["spilled"] == 0, r
         assert r["shared"] <= CHIPS[r["arch"]].shared_block, r
-        if r["kernel"] == "orthonormalize_kernel":
-            continue  # in fp64, column by column
+        if r["kernel"] in ("gram_kernel", "eliminate_kernel", "apply_kernel", "columns_kernel"):
+            continue  # in fp64
         assert r["matrix_instructions"] > 0, r
         assert r["narrow_copies"] == 0, r
 
