@@ -1,6 +1,6 @@
 """Tensors of any layout as the matrices that the kernels take, each a row of numbers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -114,13 +114,15 @@ def _in_vectors(basis: Tensor) -> bool:
 
 
 def in_vectors(basis: Tensor) -> Tensor:
-    """The basis `[d, k]` as kernels read it fastest: rows that begin every so-many 16 bytes.
+    """The basis `[d, k]` as kernels read it fastest, each row from a multiple of 16 bytes.
 
     On a CPU, where that gains nothing, without gaps.
     """
     if basis.device.type == "cpu":
         return basis.contiguous()
     d, k = basis.shape
+    if basis.stride(1) == 1 and basis.stride(0) % 4 == 0:
+        return basis
     wide = basis.new_zeros(d, -(-k // 4) * 4)
     wide[:, :k] = basis
     return wide[:, :k]
@@ -162,7 +164,7 @@ def listed(
     found: dict[torch.device, Listed] = {}
     same: dict[int, Tensor] = {}  # a basis that several share stays one
     for i, T in enumerate(Ts):
-        if bases[i].shape[1] == 0:  # nothing to take off
+        if bases[i].shape[-1] == 0:  # nothing to take off
             staged += [] if outs[i] is T else [(T, outs[i])]
             continue
         if (U := same.get(id(bases[i]))) is None:
@@ -171,10 +173,22 @@ def listed(
         if packed and C is not None:
             C = C.contiguous()
         on = found.setdefault(T.device, Listed())
-        for matrix, out, part in matrices(T, outs[i], C, left, staged):
-            on.rows.append(row(matrix, out, U, part, left))
-            on.pointers += (matrix.data_ptr(), out.data_ptr())
-            on.members.append((i, matrix.data_ptr() - T.data_ptr()))
-            on.kept.append((U, part))
-            on.matrices.append(matrix)
+        for piece, piece_out, V, piece_C in _pieces(T, outs[i], U, C):
+            for matrix, out, part in matrices(piece, piece_out, piece_C, left, staged):
+                on.rows.append(row(matrix, out, V, part, left))
+                on.pointers += (matrix.data_ptr(), out.data_ptr())
+                on.members.append((i, matrix.data_ptr() - T.data_ptr()))
+                on.kept.append((V, part))
+                on.matrices.append(matrix)
     return found
+
+
+def _pieces(
+    T: Tensor, out: Tensor, basis: Tensor, C: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor | None]]:
+    """Parts that have one basis `[d, k]` each."""
+    if basis.ndim == 2:
+        yield T, out, basis, C
+        return
+    for i in range(T.shape[0]):
+        yield from _pieces(T[i], out[i], basis[i], None if C is None else C[i])

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .arguments import check_matrix
 from .autocast import set_aside
-from .project import check_matrix
 
 
 def orthonormalize_ref(W: Tensor, rtol: float) -> tuple[Tensor, Tensor]:

@@ -12,16 +12,10 @@ import torch
 from torch import Tensor
 
 from . import dispatch
+from .arguments import Side, check_distinct, check_matrix, checked
 from .autocast import set_aside
 from .matrices import listed, matrices
-from .project import (
-    Norms,
-    Side,
-    check_distinct,
-    checked,
-    chosen_backends,
-    project_plainly,
-)
+from .project import Norms, chosen_backends, project_strips
 from .tables import capturing
 
 KEPT = 16  # sets of addresses, between which an allocator goes round
@@ -37,7 +31,7 @@ class Projector:
     are: new ones need a new projector.
 
     Args:
-        Ts, bases, Cs, side: as `project_` takes them, in lists.
+        Ts, bases, Cs, side, check: as `project_` takes them, in lists; a None here is refused.
         measure: add up the energies that `energies` returns.
 
     Raises:
@@ -52,21 +46,31 @@ class Projector:
         *,
         side: Side = "right",
         measure: bool = False,
-    ):
-        self.tensors, self.bases, self.Cs, self.left = checked(Ts, bases, Cs, side)
+        check: bool = False,
+    ) -> None:
+        given = [Ts] if isinstance(Ts, Tensor) else list(Ts)
+        if any(T is None for T in given):
+            raise TypeError("Ts holds None; make the Projector of what there is to project")
+        self.tensors, self.bases, self.Cs, self.left = checked(given, bases, Cs, side, check)
         self.side, self.measure = side, measure
         self._sums = torch.zeros(len(self.tensors), 2, dtype=torch.float64)
+        self._parts: OrderedDict[tuple[int, ...], Projector] = OrderedDict()
         self._own = _layout_of(self.tensors)
         self._lay_out(self.tensors, self._own)
 
-    def __call__(self, Ts: Sequence[Tensor] | None = None) -> None:
+    def __call__(self, Ts: Sequence[Tensor | None] | None = None) -> None:
         """Project the tensors it was made of, or in their place `Ts`, such as their gradients.
+
+        A None among `Ts` is left out of this call.
 
         Raises:
             TypeError, ValueError: as `project_`.
         """
         given = self.tensors if Ts is None else list(Ts)
-        layout = self._own if Ts is None else _layout_of(given)
+        try:
+            layout = self._own if Ts is None else _layout_of(given)
+        except AttributeError:  # None has no layout
+            return self._project_some(given)
         if layout is not self._layout and layout != self._layout:
             self._check(given)
             self._lay_out(given, layout)
@@ -96,12 +100,37 @@ class Projector:
         if not self.measure:
             raise ValueError("measure is False; make the Projector with measure=True")
         self._gather()
+        for there, part in self._parts.items():
+            self._gather_part(there, part)
         sums, self._sums = self._sums, torch.zeros_like(self._sums)
         return sums
 
-    def _check(self, Ts: list[Tensor]) -> None:
+    def _project_some(self, Ts: list[Tensor | None]) -> None:
+        """By a projector of those that are there, kept for the next time it is the same ones."""
+        self._check_count(Ts)
+        for i, T in enumerate(Ts):
+            if T is not None:
+                check_matrix(f"Ts[{i}]", T)
+        there = tuple(i for i, T in enumerate(Ts) if T is not None)
+        if (part := self._parts.get(there)) is None:
+            if len(self._parts) >= KEPT:
+                self._gather_part(*self._parts.popitem(last=False))
+            tensors, bases = ([these[i] for i in there] for these in (self.tensors, self.bases))
+            Cs = [self.Cs[i] for i in there] if self.Cs else None
+            part = Projector(tensors, bases, Cs, side=self.side, measure=self.measure)
+            self._parts[there] = part
+        part([Ts[i] for i in there])
+
+    def _gather_part(self, there: tuple[int, ...], part: "Projector") -> None:
+        if self.measure:
+            self._sums[list(there)] += part.energies()
+
+    def _check_count(self, Ts: Sequence[Tensor | None]) -> None:
         if len(Ts) != len(self.tensors):
             raise ValueError(f"Ts has {len(Ts)} tensors; this projector takes {len(self.tensors)}")
+
+    def _check(self, Ts: list[Tensor]) -> None:
+        self._check_count(Ts)
         checked(Ts, self.bases, self.Cs or None, self.side)
 
     def _lay_out(self, Ts: list[Tensor], layout: "_Layout") -> None:
@@ -123,7 +152,9 @@ class Projector:
                 self._plain += chosen
                 continue
             # What has to be copied before a kernel can take it is left to PyTorch.
-            awkward = [i for i in chosen if not self.bases[i].shape[1] or _staged(Ts[i], self.left)]
+            awkward = [
+                i for i in chosen if not self.bases[i].shape[-1] or _staged(Ts[i], self.left)
+            ]
             self._plain += awkward
             self._lay_out_on(name, Ts, [i for i in chosen if i not in awkward])
         for device in {Ts[i].device for i in self._plain}:
@@ -170,7 +201,7 @@ class Projector:
         owners: list[int] = []
         for i in self._plain:
             C = self.Cs[i] if self.Cs else None
-            project_plainly(
+            project_strips(
                 Ts[i], self.bases[i], C, self.left, Ts[i], norms if self.measure else None
             )
             owners += [i] * (len(norms) - len(owners))

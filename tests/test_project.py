@@ -142,7 +142,7 @@ T, V = orthonormal(8, 4, seed=9).mT.contiguous(), orthonormal(8, 2)
         (lambda: gk.project("T", V), TypeError, "T is a str"),
         (lambda: gk.project(T.int(), V), TypeError, "convert it to fp64"),
         (lambda: gk.project(T.to_sparse(), V), TypeError, "to_dense"),
-        (lambda: gk.project(T, V[:, 0]), ValueError, "must be \\[d, k\\]"),
+        (lambda: gk.project(T, V[:1]), ValueError, "k ≤ d"),
         (lambda: gk.project(T, V.mT), ValueError, "k ≤ d"),
         (lambda: gk.project(T, orthonormal(4, 2)), ValueError, "change side"),
         (lambda: gk.project(T, V, side="up"), ValueError, "choose 'right' or 'left'"),

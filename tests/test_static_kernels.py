@@ -58,7 +58,8 @@ def test_finds_loops_inside_loops_and_no_code_set_aside():
             ("LDS R2, [R0]",),  # 0x10: outer
             ("HMMA.16816.F32 R4, R4, R6, R8",),  # 0x20: inner
             ("@P0 BRA 0x20",),
-            ("STG.E.64 [R2.64], R4",),
+            ("STG.E.64 [R2.64], R4",),  # 0x40: after it, and inside too
+            ("@P2 BRA 0x40",),
             ("@P1 BRA 0x10",),
             ("EXIT",),
             ("NANOSLEEP 0x20",),
@@ -66,11 +67,12 @@ def test_finds_loops_inside_loops_and_no_code_set_aside():
         )
     )
     (outer,) = whole.inner
-    (inner,) = outer.inner
+    inner, last = outer.inner
     assert [i.at for i in inner.code] == [0x20, 0x30]
-    assert [i.op for i in outer.own] == ["LDS", "STG.E.64", "BRA"]
+    assert [i.op for i in last.code] == ["STG.E.64", "BRA"]
+    assert [i.op for i in outer.own] == ["LDS", "BRA"]
     assert inner.has("HMMA") and inner.has("!STG") and not inner.has("STG|LDG")
-    assert widths(outer.own) == {"stores": {"8": 1}}
+    assert widths(last.code) == {"stores": {"8": 1}}
 
 
 def test_a_load_that_is_waited_for_costs_its_latency():

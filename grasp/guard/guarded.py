@@ -10,6 +10,7 @@ from torch import Tensor, nn
 import grasp_kernels as gk
 from grasp.guard.weights import Whole
 from grasp.model import Trained
+from grasp_kernels.matrices import in_vectors
 
 SAVED = ("basis", "pinned", "average", "total", "blocked")
 SHARE = 1e-7  # of a factor's start: what it holds along a basis counts as nothing below
@@ -85,7 +86,7 @@ class Guarded:
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
         added = basis[:, self.basis.shape[1] :]
-        self.basis = basis.contiguous()
+        self.basis = in_vectors(basis)
         C = self.coefficients(self.weight.start(), added)
         self.pinned = torch.cat([self.pinned, C], 0 if self.left else -1)
 
