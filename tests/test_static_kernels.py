@@ -269,8 +269,8 @@ def test_no_configuration_of_triton_spills():
     for r in results:
         assert r["spilled"] == 0, r
         assert r["shared"] <= CHIPS[r["arch"]].shared_block, r
-        if r["kernel"] == "orthonormalize_kernel":
-            continue  # in fp64, column by column
+        if r["kernel"] in ("gram_kernel", "eliminate_kernel", "apply_kernel", "columns_kernel"):
+            continue  # in fp64
         assert r["matrix_instructions"] > 0, r
         assert r["narrow_copies"] == 0, r
 
@@ -285,6 +285,11 @@ def test_no_cuda_kernel_spills():
         for name, used in resources(cubin).items():
             assert used.spilled == 0, (cubin.name, name)
         if cubin.name.startswith("project-"):
-            for name, instructions in disassembled(cubin).items():
+            found = disassembled(cubin)
+            assert len(found) == 36
+            for name, instructions in found.items():
                 ops = {i.op.split(".")[0] for i in instructions}
-                assert {"HMMA", "LDSM", "LDGSTS"} <= ops, (cubin.name, name)
+                moves = "LDGSTS" if "Lb1E" in name else "UBLKCP"
+                # Clusters begin with 9.0: below it nothing is launched, and nothing compiled.
+                wanted = {"HMMA", "LDSM", "STAS", moves} if "-80-" not in cubin.name else set()
+                assert wanted <= ops and bool(wanted) == ("HMMA" in ops), (cubin.name, name)

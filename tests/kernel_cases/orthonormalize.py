@@ -1,58 +1,94 @@
-"""`grasp_kernels/orthonormalize_triton.py`: six walks along d for each column."""
+"""`grasp_kernels/orthonormalize_gram.py`: three launches, once where the condition is good."""
 
 from collections.abc import Iterator
 from itertools import product
-from math import ceil
 
 from ..aot import TritonJob
 from ..static_model import Chip, Named, Work
-from .shapes import CODES, Case
+from .shapes import Case
+
+TAKES = {
+    "gram": {"table": "*i64", "states": "*i32", "partials": "*fp64", "parts": "i32"},
+    "apply": {"table": "*i64", "states": "*i32", "X": "*fp64", "parts": "i32"},
+    "columns": {"table": "*i64", "states": "*i32", "scratch": "*fp64"},
+}
+TAKES["columns"] |= {"count": "i32", "room": "i32"}
+TAKES["eliminate"] = TAKES["gram"] | {"X": "*fp64"}
+MANY, D = 64, 8192
+PRODUCT = "DMMA|DFMA"  # Triton has no other for sm_100
 
 
 def cases(chip: Chip) -> Iterator[Case]:
-    from grasp_kernels.orthonormalize_triton import tiling
+    import torch
+
+    from grasp_kernels.orthonormalize_triton import tilings
 
     for k in (16, 64):
-        d, many, chosen = 8192, 64, tiling(k)
-        tensor, blocks = many * d * k * 4, ceil(d / chosen["BD"])
-        walks = ("size", "inside", "off", "inside again", "off again", "keep")
-        marks = ("LDG STG", "LDG !STG", "LDG STG", "LDG !STG", "LDG STG")
-        column = [Named(w, m) for w, m in zip(walks[:-1], marks, strict=True)]
-        column.append(Named("keep", "LDG STG", per="STG"))
-        loops = Named("column", "LDG STG", tuple(column)), Named("last", "STG", per="STG")
-        stores = d * k / (32 * chosen["num_warps"])  # a thread's, of the result
-        item = {**dict.fromkeys(walks, blocks), "column": k, "last": stores}
-        fp64 = many * d * 8
-        yield Case(
-            f"{many} of [{d}, {k}] fp32",
-            _job({"CODE": 0, **chosen}),
-            Work(
-                tensor=tensor,
-                once=2 * tensor + k * fp64,
-                again=4 * fp64 * k * k / 2,
-                resident=k * fp64 / 2,  # half of the columns are there on average
-                l2=2 * tensor + 6 * k * fp64 + 4 * fp64 * k * k / 2,
-                items=[item] * many,
-                programs=many,
-                loop=Named("matrix", inner=loops),
-                in_turn=False,
-            ),
-        )
+        gram, eliminate, apply = tilings(k, torch.float32, 0)
+        works = {
+            "gram": (gram, _gram(k, gram)),
+            "eliminate": (eliminate, _eliminate(k, eliminate, D / gram["PART"])),
+            "apply": (apply, _apply(k, apply)),
+        }
+        for stem, (chosen, work) in works.items():
+            job = _job(stem, {"SECOND": False, **chosen})
+            yield Case(f"{MANY} of [{D}, {k}] fp32, {stem}", job, work)
 
 
-def _job(chosen: dict) -> TritonJob:
-    from grasp_kernels.orthonormalize_triton import COLUMNS
+def _gram(k: int, chosen: dict) -> Work:
+    parts, blocks = D / chosen["PART"], chosen["BLOCKS"]
+    tensor, sums = MANY * D * k * 4, int(MANY * parts * blocks * (blocks + 1) / 2)
+    shares = MANY * parts * k * k * 8
+    walk = Named("walk", f"{PRODUCT} !STG")
+    items = [{"walk": chosen["PART"] / chosen["BD"]}] * sums
+    return _work(tensor, tensor + shares, tensor * (blocks + 1) / 2 + shares, items, walk)
 
-    return TritonJob(
-        "grasp_kernels.orthonormalize_triton",
-        "orthonormalize_kernel",
-        {"table": "*i64"},
-        {"COLUMNS": COLUMNS, **chosen},
+
+def _eliminate(k: int, chosen: dict, parts: float) -> Work:
+    tensor, BK = MANY * D * k * 4, chosen["BK"]
+    shares, panels = MANY * parts * k * k * 8, k // BK
+    loads = parts * BK * k / (32 * chosen["num_warps"])  # a thread's, of a panel of all parts
+    item = {"scales": parts, "strip": loads, "panel": panels, "column": BK}
+    item |= {"build": panels, "off": (panels - 1) / 2, "finish": panels}
+    strip, column = Named("strip", "LDG !STG", per="LDG"), Named("column", "DFMA MUFU")
+    scales = Named("scales", "LDG !STG", per="LDG")
+    if panels == 1:
+        loops = scales, strip, Named("panel", "DFMA STG", (column,))
+    else:
+        panel = Named("panel", "DFMA STG", (column, Named("off", f"{PRODUCT} !MUFU")))
+        loops = scales, Named("build", "LDG STG", (strip,)), panel, Named("finish", "DFMA STG")
+    return _work(tensor, shares, 2 * shares, [item] * MANY, *loops)
+
+
+def _apply(k: int, chosen: dict) -> Work:
+    tensor, parts = MANY * D * k * 4, MANY * D // chosen["PART"]
+    inner = (Named("left", PRODUCT),) if k > chosen["BK"] else ()
+    walk = Named("walk", f"{PRODUCT} STG", inner)
+    item = {"walk": chosen["PART"] / chosen["BD"], "left": k / chosen["BK"]}
+    return _work(tensor, 2 * tensor, 2 * tensor + parts * k * k * 8, [item] * parts, walk)
+
+
+def _work(tensor: float, once: float, l2: float, items: list, *loops: Named) -> Work:
+    return Work(
+        tensor=tensor,
+        once=once,
+        again=0,
+        resident=tensor,
+        l2=l2,
+        items=items,
+        programs=len(items),
+        loop=Named("program", inner=loops),
+        in_turn=False,
     )
 
 
 def jobs() -> list[TritonJob]:
-    from grasp_kernels.orthonormalize_triton import tiling
+    from grasp_kernels.orthonormalize_triton import DTYPES, configurations
 
-    chosen = product(CODES.values(), (16, 32, 64))
-    return [_job({"CODE": code, **tiling(KP)}) for code, KP in chosen]
+    found = [job for kind in product(DTYPES, range(3)) for job in configurations(*kind)]
+    return [_job(*job) for i, job in enumerate(found) if job not in found[:i]]
+
+
+def _job(stem: str, chosen: dict) -> TritonJob:
+    module = "orthonormalize_columns" if stem == "columns" else "orthonormalize_gram"
+    return TritonJob(f"grasp_kernels.{module}", f"{stem}_kernel", TAKES[stem], chosen)
