@@ -126,7 +126,7 @@ def test_timing_and_clusters_change_nothing(folder, side, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("side", SIDES)
 def test_what_stays_in_the_basis(folder, side, dtype):
-    """Errors of one direction add up there: parts of fp32 that are cut off leave three times more."""
+    """Errors of one sign add up there: fp32 cut off in place of rounded leaves three times more."""
     T, U = inputs(64, 1024, 40, side, dtype, torch.Generator().manual_seed(1), inside=0.97)
     exact = project_fp64(T, U, None, side)
     ours = emulated.project(folder, T, U, None, side, torch.empty_like(T), blocks=8)
