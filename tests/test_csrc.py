@@ -118,6 +118,21 @@ def test_timing_and_clusters_change_nothing(folder, side, dtype):
 
 
 @emulates
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("side", SIDES)
+def test_what_stays_in_the_basis(folder, side, dtype):
+    """Errors of one sign add up there: fp32 cut off in place of rounded leaves three times more."""
+    T, U = inputs(64, 1024, 40, side, dtype, torch.Generator().manual_seed(1), inside=0.97)
+    exact = project_fp64(T, U, None, side)
+    ours = emulated.project(folder, T, U, None, side, torch.empty_like(T), blocks=8)
+    left = [
+        energy_fp64(X.double() - exact, U, side)[1].sqrt()
+        for X in (ours, project_torch(T, U, None, side))
+    ]
+    assert left[0] <= 2.5 * left[1]
+
+
+@emulates
 @pytest.mark.parametrize("side", SIDES)
 def test_coefficients_beyond_fp16(folder, side):
     """c reaches 65504 √d while T and its projection do not."""
