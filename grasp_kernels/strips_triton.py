@@ -240,7 +240,8 @@ def tiling(code: int, left: bool, k: int) -> dict:
     """
     exact = code == CODES[torch.float32]
     KP = max(16, triton.next_power_of_2(k))
-    sizes = {"KP": KP, "BS": 32 if exact else 64, "BD": 64, "STAGES": 4 if KP < 64 else 3}
+    BD = 32 if exact and KP == 32 else 64
+    sizes = {"KP": KP, "BS": 32 if exact else 64, "BD": BD, "STAGES": 4 if KP < 64 else 3}
     if exact and left and KP == 64:
         sizes |= {"BS": 16}
     # All the registers there are: left to itself the assembler spills some to run more programs.

@@ -1,6 +1,6 @@
 """How long a launch should take, from its code and from what it must move. Predicted, not measured.
 
-    t = max(memory, L2, loops) + fill                                              seconds
+    t = max(memory, L2, loops, stages)                                             seconds
     memory = (once + again (1 − hit)) / copy bandwidth;  hit = min(1, L2 size / resident)
     L2     = bytes asked of it / its bandwidth
     loops  = cycles of the longest chain of items / clock
@@ -20,7 +20,7 @@ What it leaves out: the launch, bank conflicts, and that the three may get in ea
 
 import heapq
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -156,7 +156,8 @@ class Work:
     """Programs take every so-many-th item; else whoever is free takes the next."""
     blocks: int = 1  # of a cluster
     warps: int = 0  # of a block, that go round `loop`; 0 for all
-    fill: float = 0  # seconds at both ends of a launch in which its stages do not overlap yet
+    stages: Callable[[float], float] | None = None
+    """Cycles of the launch, from those of an item, where stages wait for each other."""
     bulk: float = 0  # bytes of bulk copies on their way to a block, which the code does not show
 
 
@@ -255,8 +256,10 @@ def predicted(code: Sequence[Instruction], used: Resources, work: Work, chip: Ch
         "L2": work.l2 / chip.l2,
         max(slowest, key=slowest.get): chain / chip.clock,
     }
+    if work.stages is not None:
+        seconds["stages"] = work.stages(max(slowest.values())) / chip.clock
     limit = max(seconds, key=seconds.get)
-    total = seconds[limit] + work.fill
+    total = seconds[limit]
     inside = at.within or [at]
     tiles = [i for p in inside for i in p.loop.own]
     asked = warps * max(timed.in_flight(p, work.items[0]) for p in inside if not p.inner)

@@ -139,8 +139,10 @@ def test_the_slowest_of_memory_cache_and_loops():
     assert found["predicted_us"] == pytest.approx(2 * strip / 1755, rel=0.01)  # two a program
     far = predicted(code(*MADE_UP), SMALL, work(once=3e9), chip)
     assert far["limit"] == "memory" and far["predicted_us"] == pytest.approx(1000, rel=0.01)
-    filled = predicted(code(*MADE_UP), SMALL, work(once=3e9, fill=1e-4), chip)
-    assert filled["predicted_us"] == pytest.approx(1100, rel=0.01)
+    played = predicted(code(*MADE_UP), SMALL, work(once=3e9, stages=lambda _: 2e6), chip)
+    assert played["limit"] == "stages" and played["predicted_us"] == pytest.approx(
+        2e12 / chip.clock, rel=0.01
+    )
     cached = predicted(code(*MADE_UP), SMALL, work(l2=5.5e9), chip)
     assert cached["limit"] == "L2" and cached["predicted_us"] == pytest.approx(1000, rel=0.01)
 
@@ -286,7 +288,7 @@ def test_no_cuda_kernel_spills():
             assert used.spilled == 0, (cubin.name, name)
         if cubin.name.startswith("project-"):
             found = disassembled(cubin)
-            assert len(found) == 36
+            assert len(found) == 44
             for name, instructions in found.items():
                 ops = {i.op.split(".")[0] for i in instructions}
                 moves = "LDGSTS" if "Lb1E" in name else "UBLKCP"

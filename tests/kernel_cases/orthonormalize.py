@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from itertools import product
 
+import torch
+
 from ..aot import TritonJob
 from ..static_model import Chip, Named, Work
 from .shapes import Case
@@ -10,7 +12,7 @@ from .shapes import Case
 TAKES = {
     "gram": {"table": "*i64", "states": "*i32", "partials": "*fp64", "parts": "i32"},
     "apply": {"table": "*i64", "states": "*i32", "X": "*fp64", "parts": "i32"},
-    "columns": {"table": "*i64", "states": "*i32", "scratch": "*fp64"},
+    "columns": {"table": "*i64", "states": "*i32", "X": "*fp64", "scratch": "*fp64"},
 }
 TAKES["columns"] |= {"count": "i32", "room": "i32"}
 TAKES["eliminate"] = TAKES["gram"] | {"X": "*fp64"}
@@ -83,9 +85,10 @@ def _work(tensor: float, once: float, l2: float, items: list, *loops: Named) -> 
 
 
 def jobs() -> list[TritonJob]:
-    from grasp_kernels.orthonormalize_triton import DTYPES, configurations
+    from grasp_kernels.orthonormalize_triton import WIDEST, configurations
 
-    found = [job for kind in product(DTYPES, range(3)) for job in configurations(*kind)]
+    kinds = product((torch.float32, torch.bfloat16), (0,), (64, WIDEST))
+    found = [job for kind in kinds for job in configurations(*kind)]
     return [_job(*job) for i, job in enumerate(found) if job not in found[:i]]
 
 

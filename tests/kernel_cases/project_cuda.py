@@ -1,9 +1,11 @@
 """`csrc/project.cuh`: clusters; of a block one warp moves strips, eight multiply, one adds up."""
 
 from collections.abc import Iterator
+from functools import partial
 from math import ceil
 
 from ..aot import CudaJob, TritonJob
+from ..cluster_model import simulated
 from ..static_model import Chip, Named, Work
 from .shapes import SIZES, Case, large
 
@@ -38,13 +40,19 @@ def cases(chip: Chip) -> Iterator[Case]:
                 loop=Named("strip", "HMMA", ahead=found.stages - 1),
                 blocks=found.blocks,
                 warps=MULTIPLIERS,
-                # The basis comes, then the first strip; the last one is written by itself.
-                fill=basis / chip.l2
-                + 2 * strip * found.blocks * clusters / chip.copy
-                + 2 * chip.memory_latency / chip.clock,
                 bulk=(found.stages - 1) * strip,
+                stages=partial(_cycles, found, size, count, clusters, basis, chip),
             ),
         )
+
+
+def _cycles(
+    found, size: int, count: int, clusters: int, basis: float, chip: Chip, strip: float
+) -> float:
+    """Of a launch whose strips take `strip` cycles each, half of it for either product."""
+    until_kept = 1500 + basis / (chip.l2 / chip.clock)
+    speed = chip.copy / chip.clock
+    return simulated(found, size, count, clusters, strip / 2, until_kept, speed)
 
 
 def _name(T, found) -> str:
