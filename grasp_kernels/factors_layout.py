@@ -116,11 +116,17 @@ def tiling(code: int, left: bool, k: int, height: int) -> dict:
     BR = 16 if height <= 16 else MOST
     KB = min(WIDE, max(16, 1 << (k - 1).bit_length()))
     wide = k > WIDE
-    sizes = {"BR": BR, "KB": KB, "STAGES": 4, "LENGTH": 4096 if wide else 512}
+    sizes = {"BR": BR, "KB": KB, "STAGES": 4, "LENGTH": 4096 if wide else 256}
     warps = 4 if wide else 1 if KB * BR == 256 else max(2, KB * BR // 512)
-    # All the registers there are: left to itself the assembler spills some to run more programs.
-    launch = {"num_warps": warps, "maxnreg": 255}
+    launch = {"num_warps": warps, "maxnreg": 200 if warps == 1 else 255}
     return {"CODE": code, "LEFT": left, **sizes, "BD": 32, "WHOLE": not wide, **launch}
+
+
+def at_once(options: dict) -> int:
+    """Programs of a tiling on a multiprocessor, as registers and shared memory allow."""
+    if not options["WHOLE"]:
+        return 3
+    return 10 if options["num_warps"] == 1 else 8 // options["num_warps"]
 
 
 def _stacks(row: Row) -> bool:

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .factors_layout import Group, Layout, by_tiling
+from .factors_layout import Group, Layout, at_once, by_tiling
 from .matrices import Row
 from .tables import Table, capturing, on_device
 from .triton_tools import nearest_tf32, product, rounded
@@ -82,6 +82,7 @@ def _coefficients(
     STAGES: tl.constexpr,
 ):
     """One part of one block of columns of c, and by whoever is last the sum of all parts."""
+    ONE_WARP: tl.constexpr = KB * BR == 256  # adds squares up at once, where others keep a tile
     EXACT: tl.constexpr = DTYPE == tl.float32
     d, k, n = tl.load(group + 3), tl.load(group + 4), tl.load(group + 5).to(tl.int32)
     basis_d, basis_k = tl.load(group + 1), tl.load(group + 2)
@@ -108,6 +109,7 @@ def _coefficients(
         row = tl.multiple_of(row, 16) if UNIT > 1 else row
         acc, square = tl.zeros((BR, KB), tl.float32), tl.zeros((BR, BD), tl.float32)
         kept = r[:, None] * KB + j[None, :]
+    squares = tl.zeros((BR,), tl.float32)
     for i in tl.range(0, blocks, num_stages=STAGES):
         at = i * BD + e
         V = _basis_tile(basis, at, j, here, inside_k, basis_d, basis_k, VECTOR, EXACT)
@@ -118,11 +120,15 @@ def _coefficients(
         else:
             acc = product(X, V, acc, EXACT)
         if energies is not None:
-            square += X * X
+            if ONE_WARP:
+                squares += tl.sum(X * X, 0 if LEFT else 1)
+            else:
+                square += X * X
     energy = scratch + tl.load(group + 13)
     if energies is not None:
         if block == 0:
-            tl.store(energy + part * BR + r, tl.sum(square, 0 if LEFT else 1))
+            squares += tl.sum(square, 0 if LEFT else 1)
+            tl.store(energy + part * BR + r, squares)
     counter = counters + tl.load(group + 14)
     is_last = parts == 1
     if parts > 1:
@@ -356,8 +362,7 @@ def launches(rows: Sequence[Row], device: torch.device) -> list[tuple[Launch, li
 
 
 def _resident(device: torch.device, options: dict) -> int:
-    """Programs at a time: what registers allow, and enough copies in flight."""
+    """Programs at a time."""
     if device.type != "cuda":
         return 2
-    each = 8 // options["num_warps"] if options["WHOLE"] else 3
-    return each * torch.cuda.get_device_properties(device).multi_processor_count
+    return at_once(options) * torch.cuda.get_device_properties(device).multi_processor_count

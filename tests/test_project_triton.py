@@ -1,5 +1,7 @@
 """Projection in Triton, right under the interpreter where there is no GPU."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIDES = ("right", "left")
+CASES = int(os.environ.get("GRASP_INTERPRETED_CASES", "40"))
 
 
 @pytest.fixture(autouse=True)
@@ -66,7 +69,7 @@ def lists(draw):
     return Ts, bases, Cs if with_C else None, side
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=CASES, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(lists())
 def test_error_is_at_most_twice_pytorchs(way, case):
     Ts, bases, Cs, side = case

@@ -18,13 +18,12 @@ LOOPS = Named("sum", f"{MMA} LDGSTS !STG"), Named("off", f"{MMA} LDGSTS")
 
 
 def cases(chip: Chip) -> Iterator[Case]:
-    from grasp_kernels.factors_layout import Layout, by_tiling
+    from grasp_kernels.factors_layout import Layout, at_once, by_tiling
 
     for factors in LISTS:
         rows = _rows(factors)
         for chosen, these in by_tiling(rows):
-            # As `_resident` has it.
-            resident = chip.multiprocessors * (8 // chosen["num_warps"] if chosen["WHOLE"] else 3)
+            resident = chip.multiprocessors * at_once(chosen)
             laid = Layout([rows[i] for i in these], chosen, resident)
             pieces = [_piece(laid.groups[g], block, chosen) for g, block, _ in laid.pieces]
             read = sum(size for _, size in pieces)
