@@ -19,7 +19,6 @@ which is most of what is read when k is large, is read once for all of them.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -28,28 +27,23 @@ from torch import Tensor
 
 from .factors_layout import Group, Layout, at_once, by_tiling
 from .matrices import Row
-from .tables import Table, capturing, on_device
-from .triton_tools import nearest_tf32, product, rounded
+from .tables import Kept, Table, on_device
+from .triton_tools import basis_tile, nearest_tf32, product, rounded
 
-KEPT = 256  # places where the matrices of a launch lay
 GROUP = tl.constexpr(len(Group._fields))
 
 
 @triton.jit
-def _basis_tile(basis, at, j, d, k, basis_d, basis_k, VECTOR: tl.constexpr, EXACT: tl.constexpr):
-    """`[at, j]` of the basis, 0 outside.
-
-    With `VECTOR` whole vectors of 4 are read, the last perhaps beyond k, where memory is.
-    """
-    if VECTOR:
-        tile = basis + at[:, None] * basis_d + j[None, :]
-        readable = tl.multiple_of((k + 3) // 4 * 4, 4)
-        V = tl.load(tile, mask=(at[:, None] < d) & (j[None, :] < readable), other=0.0)
-        V = tl.where(j[None, :] < k, V, 0.0)
+def _starts(
+    rows, first, r, n, begin, step, DTYPE: tl.constexpr, LEFT: tl.constexpr, UNIT: tl.constexpr
+):
+    """Where each row of the group is at `begin` of d, or from the left side the one of all."""
+    if LEFT:
+        start = tl.load(rows + 2 * first).to(tl.pointer_type(DTYPE)) + begin * step
     else:
-        tile = basis + at[:, None] * basis_d + j[None, :] * basis_k
-        V = tl.load(tile, mask=(at[:, None] < d) & (j[None, :] < k), other=0.0)
-    return V if EXACT else nearest_tf32(V)
+        start = tl.load(rows + 2 * (first + r), mask=r < n, other=0)
+        start = start.to(tl.pointer_type(DTYPE)) + begin
+    return tl.multiple_of(start, 16) if UNIT > 1 else start
 
 
 @triton.jit
@@ -86,7 +80,9 @@ def _coefficients(
     EXACT: tl.constexpr = DTYPE == tl.float32
     d, k, n = tl.load(group + 3), tl.load(group + 4), tl.load(group + 5).to(tl.int32)
     basis_d, basis_k = tl.load(group + 1), tl.load(group + 2)
-    basis_d = tl.multiple_of(basis_d, 4) if VECTOR else basis_d
+    across, along = basis_d.to(tl.int32), basis_k.to(tl.int32)  # within a tile
+    if VECTOR:
+        basis_d, across = tl.multiple_of(basis_d, 4), tl.multiple_of(across, 4)
     first, step, length = tl.load(group + 6), tl.load(group + 7), tl.load(group + 10)
     d, n = tl.multiple_of(d, UNIT), tl.multiple_of(n, UNIT if LEFT else 1)
     step, length = tl.multiple_of(step, UNIT), tl.multiple_of(length, 16)
@@ -97,22 +93,19 @@ def _coefficients(
     blocks = tl.cdiv(tl.minimum(length, d - begin), BD).to(tl.int32)
     basis = tl.load(group).to(tl.pointer_type(tl.float32)) + begin * basis_d + block * KB * basis_k
     basis = tl.multiple_of(basis, 16) if VECTOR else basis
+    row = _starts(rows, first, r, n, begin, step, DTYPE, LEFT, UNIT)
     if LEFT:
-        row = tl.load(rows + 2 * first).to(tl.pointer_type(DTYPE)) + begin * step
-        row = tl.multiple_of(row, 16) if UNIT > 1 else row
         acc, square = tl.zeros((KB, BR), tl.float32), tl.zeros((BD, BR), tl.float32)
         kept = j[:, None] * BR + r[None, :]
     else:
-        row = (
-            tl.load(rows + 2 * (first + r), mask=r < n, other=0).to(tl.pointer_type(DTYPE)) + begin
-        )
-        row = tl.multiple_of(row, 16) if UNIT > 1 else row
         acc, square = tl.zeros((BR, KB), tl.float32), tl.zeros((BR, BD), tl.float32)
         kept = r[:, None] * KB + j[None, :]
     squares = tl.zeros((BR,), tl.float32)
     for i in tl.range(0, blocks, num_stages=STAGES):
         at = i * BD + e
-        V = _basis_tile(basis, at, j, here, inside_k, basis_d, basis_k, VECTOR, EXACT)
+        start = basis + i * BD * basis_d
+        start = tl.multiple_of(start, 16) if VECTOR else start
+        V = basis_tile(start, e, j, here - i * BD, inside_k, across, along, VECTOR, EXACT)
         tile, inside = _tile(row, r, at, n, here, step, LEFT)
         X = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
         if LEFT:
@@ -194,7 +187,9 @@ def _take_off(
     EXACT: tl.constexpr = DTYPE == tl.float32
     d, k, n = tl.load(group + 3), tl.load(group + 4), tl.load(group + 5).to(tl.int32)
     basis_d, basis_k = tl.load(group + 1), tl.load(group + 2)
-    basis_d = tl.multiple_of(basis_d, 4) if VECTOR else basis_d
+    across, along = basis_d.to(tl.int32), basis_k.to(tl.int32)  # within a tile
+    if VECTOR:
+        basis_d, across = tl.multiple_of(basis_d, 4), tl.multiple_of(across, 4)
     first, step, out_step = tl.load(group + 6), tl.load(group + 7), tl.load(group + 8)
     length = tl.multiple_of(tl.load(group + 10), 16)
     d, n = tl.multiple_of(d, UNIT), tl.multiple_of(n, UNIT if LEFT else 1)
@@ -213,27 +208,18 @@ def _take_off(
     basis = tl.load(group).to(tl.pointer_type(tl.float32)) + begin * basis_d
     basis = tl.multiple_of(basis, 16) if VECTOR else basis
     r, e = tl.arange(0, BR), tl.arange(0, BD)
-    if LEFT:
-        row = tl.load(rows + 2 * first).to(tl.pointer_type(DTYPE)) + begin * step
-        row = tl.multiple_of(row, 16) if UNIT > 1 else row
-        out = tl.load(rows + 2 * first + 1).to(tl.pointer_type(DTYPE)) + begin * out_step
-        out = tl.multiple_of(out, 16) if UNIT > 1 else out
-    else:
-        row = (
-            tl.load(rows + 2 * (first + r), mask=r < n, other=0).to(tl.pointer_type(DTYPE)) + begin
-        )
-        row = tl.multiple_of(row, 16) if UNIT > 1 else row
-        out = tl.load(rows + 2 * (first + r) + 1, mask=r < n, other=0)
-        out = out.to(tl.pointer_type(DTYPE)) + begin
-        out = tl.multiple_of(out, 16) if UNIT > 1 else out
-    j = tl.arange(0, KB)
+    row = _starts(rows, first, r, n, begin, step, DTYPE, LEFT, UNIT)
+    out = _starts(rows + 1, first, r, n, begin, out_step, DTYPE, LEFT, UNIT)
+    j, k32 = tl.arange(0, KB), k.to(tl.int32)
     kept = j[:, None] * BR + r[None, :] if LEFT else r[:, None] * KB + j[None, :]
     if WHOLE:
         c = tl.load(total + kept, cache_modifier=".cg")
         c = c if EXACT else nearest_tf32(c)
         for i in tl.range(0, tl.cdiv(tl.minimum(length, here), BD).to(tl.int32), num_stages=STAGES):
             at = i * BD + e
-            V = _basis_tile(basis, at, j, here, k.to(tl.int32), basis_d, basis_k, VECTOR, EXACT)
+            start = basis + i * BD * basis_d
+            start = tl.multiple_of(start, 16) if VECTOR else start
+            V = basis_tile(start, e, j, here - i * BD, k32, across, along, VECTOR, EXACT)
             tile, inside = _tile(row, r, at, n, here, step, LEFT)
             X = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
             if LEFT:
@@ -247,8 +233,9 @@ def _take_off(
         X = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
         off = tl.zeros_like(X)
         for i in tl.range(0, tl.cdiv(k, KB).to(tl.int32), num_stages=STAGES):
-            columns, k32 = i * KB + j, k.to(tl.int32)
-            V = _basis_tile(basis, e, columns, here, k32, basis_d, basis_k, VECTOR, EXACT)
+            start = basis + i * KB * basis_k
+            start = tl.multiple_of(start, 16) if VECTOR else start
+            V = basis_tile(start, e, j, here, k32 - i * KB, across, along, VECTOR, EXACT)
             c = tl.load(total + i * BR * KB + kept, cache_modifier=".cg")
             c = c if EXACT else nearest_tf32(c)
             if LEFT:
@@ -323,13 +310,10 @@ class Launch:
         self.groups = Table(laid.groups, torch.int64, device)
         self.order = Table(laid.pieces, torch.int32, device)
         self._owner_of, self._within = torch.tensor(laid.owners), torch.tensor(laid.within)
-        self._kept_places = lru_cache(KEPT)(self._places)
-
-    def places(self, pointers: tuple[int, ...]) -> tuple[Table, bool]:
-        """Of each row where it lies and where its projection goes; whether all are aligned."""
-        return (self._places if capturing() else self._kept_places)(pointers)
+        self.places = Kept(self._places)
 
     def _places(self, pointers: tuple[int, ...]) -> tuple[Table, bool]:
+        """Of each row where it lies and where its projection goes; whether all are aligned."""
         starts = torch.tensor(pointers, dtype=torch.int64).reshape(-1, 2)
         aligned = all(p % 16 == 0 for p in pointers)
         return Table(starts[self._owner_of] + self._within, torch.int64, self.device), aligned

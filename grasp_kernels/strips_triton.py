@@ -9,7 +9,6 @@ a time as leave their strips in the second-level cache, so the second read does 
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 
 import torch
 import triton
@@ -17,12 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .matrices import CODES, Row, unit
-from .tables import Table, capturing, on_device
-from .triton_tools import nearest_tf32, product, rounded
+from .tables import Kept, Table, on_device
+from .triton_tools import basis_tile, nearest_tf32, product, rounded
 
 COLUMNS = len(Row._fields)
 WIDEST = 64  # directions whose coefficients stay in registers
-KEPT = 256  # places where the matrices of a launch lay
 
 
 @triton.jit
@@ -70,12 +68,10 @@ def _strip(
     first = index.to(tl.int64) * BS
     inside_n, ours = r < n - first, j < k
     step32, out_step32 = step.to(tl.int32), out_step.to(tl.int32)
-    V_tile, inside_k = e[:, None] * basis_d.to(tl.int32) + j[None, :] * basis_k.to(tl.int32), ours
-    if VECTOR:  # whole vectors of 4, the last perhaps beyond k, where memory is
-        basis = tl.multiple_of(basis, 16)
-        basis_d = tl.multiple_of(basis_d, 4)
-        V_tile = e[:, None] * basis_d.to(tl.int32) + j[None, :]
-        inside_k = j < tl.multiple_of((k + 3) // 4 * 4, 4)
+    across, along, k32 = basis_d.to(tl.int32), basis_k.to(tl.int32), k.to(tl.int32)
+    if VECTOR:
+        basis, basis_d = tl.multiple_of(basis, 16), tl.multiple_of(basis_d, 4)
+        across = tl.multiple_of(across, 4)
     if LEFT:
         T, out = T + first, out + first
         tile, out_tile = e[:, None] * step32 + r[None, :], e[:, None] * out_step32 + r[None, :]
@@ -90,12 +86,8 @@ def _strip(
     blocks = tl.cdiv(d, BD)
     for block in tl.range(0, blocks, num_stages=STAGES):
         inside_d = e < d - block * BD
-        inside_V = inside_d[:, None] & inside_k[None, :]
-        V = tl.load(basis + block * BD * basis_d + V_tile, mask=inside_V, other=0.0)
-        if VECTOR:
-            V = tl.where(ours[None, :], V, 0.0)
-        if not EXACT:
-            V = nearest_tf32(V)
+        here, start = (d - block * BD).to(tl.int32), basis + block * BD * basis_d
+        V = basis_tile(start, e, j, here, k32, across, along, VECTOR, EXACT)
         if LEFT:
             inside = inside_d[:, None] & inside_n[None, :]
             X = tl.load(T + block * stride + tile, mask=inside, other=0.0).to(tl.float32)
@@ -122,12 +114,8 @@ def _strip(
     for done in tl.range(0, blocks, num_stages=STAGES):
         block = blocks - 1 - done
         inside_d = e < d - block * BD
-        inside_V = inside_d[:, None] & inside_k[None, :]
-        V = tl.load(basis + block * BD * basis_d + V_tile, mask=inside_V, other=0.0)
-        if VECTOR:
-            V = tl.where(ours[None, :], V, 0.0)
-        if not EXACT:
-            V = nearest_tf32(V)
+        here, start = (d - block * BD).to(tl.int32), basis + block * BD * basis_d
+        V = basis_tile(start, e, j, here, k32, across, along, VECTOR, EXACT)
         if LEFT:
             inside = inside_d[:, None] & inside_n[None, :]
         else:
@@ -194,13 +182,10 @@ class Launch:
         size = 4 if options["CODE"] == CODES[torch.float32] else 2
         strip = max(row.d for row in rows) * BS * size
         self.grid = (min(self.count, _resident(device, strip)),)
-        self._kept_places = lru_cache(KEPT)(self._places)
-
-    def places(self, pointers: tuple[int, ...]) -> tuple[Table, bool]:
-        """Of each matrix where it lies and where its projection goes; whether all are aligned."""
-        return (self._places if capturing() else self._kept_places)(pointers)
+        self.places = Kept(self._places)
 
     def _places(self, pointers: tuple[int, ...]) -> tuple[Table, bool]:
+        """Of each matrix where it lies and where its projection goes; whether all are aligned."""
         aligned = all(p % 16 == 0 for p in pointers)
         return Table(pointers, torch.int64, self.device), aligned
 

@@ -1,7 +1,9 @@
 """Tables that kernels read, such as addresses: copied once, right on any stream and in a graph."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,3 +49,15 @@ class Table:
         if stream != self.stream:
             self.tensor.record_stream(stream)
         return self.tensor
+
+
+class Kept:
+    """What is made of addresses, kept for the next time: a list that stays costs no copy."""
+
+    MOST = 256
+
+    def __init__(self, make: Callable[[tuple[int, ...]], Any]):
+        self._make, self._kept = make, lru_cache(self.MOST)(make)
+
+    def __call__(self, pointers: tuple[int, ...]) -> Any:
+        return (self._make if capturing() else self._kept)(pointers)

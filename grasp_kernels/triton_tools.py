@@ -46,3 +46,20 @@ def product(a, b, acc, EXACT: tl.constexpr):
     else:
         acc = tl.dot(a, b, acc, input_precision="tf32")
     return acc
+
+
+@triton.jit
+def basis_tile(basis, at, j, d, k, basis_d, basis_k, VECTOR: tl.constexpr, EXACT: tl.constexpr):
+    """`[at, j]` of a basis `[d, k]`, 0 outside, as `product` takes it.
+
+    With `VECTOR` whole vectors of 4 are read, the last perhaps beyond k, where memory is.
+    """
+    if VECTOR:
+        tile = basis + at[:, None] * basis_d + j[None, :]
+        readable = tl.multiple_of((k + 3) // 4 * 4, 4)
+        V = tl.load(tile, mask=(at[:, None] < d) & (j[None, :] < readable), other=0.0)
+        V = tl.where(j[None, :] < k, V, 0.0)
+    else:
+        tile = basis + at[:, None] * basis_d + j[None, :] * basis_k
+        V = tl.load(tile, mask=(at[:, None] < d) & (j[None, :] < k), other=0.0)
+    return V if EXACT else nearest_tf32(V)

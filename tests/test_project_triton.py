@@ -238,7 +238,7 @@ def test_a_piece_waits_for_earlier_ones_alone(data):
 
 def test_what_a_graph_records_is_not_kept_for_others(monkeypatch):
     """While one is recorded nothing is copied: the tables are there after a replay alone."""
-    from grasp_kernels import factors_triton, project_triton
+    from grasp_kernels import factors_triton, project_triton, tables
 
     T, U = torch.randn(4, 40, device=DEVICE), orthonormal(40, 2).to(DEVICE)
     made = []
@@ -246,7 +246,7 @@ def test_what_a_graph_records_is_not_kept_for_others(monkeypatch):
     monkeypatch.setattr(factors_triton, "Table", lambda *a: made.append(a) or table(*a))
     with gk.backend("triton"):
         projector = gk.Projector([T], U)
-        for module in (factors_triton, project_triton):
+        for module in (tables, project_triton):
             monkeypatch.setattr(module, "capturing", lambda: True)
         monkeypatch.setattr("grasp_kernels.projector.capturing", lambda: True)
         for _ in range(2):

@@ -277,11 +277,14 @@ def test_no_configuration_of_triton_spills():
         assert r["narrow_copies"] == 0, r
 
 
+CLUSTERS = [arch for arch in CHIPS if arch >= 90]  # before them the kernel is empty
+
+
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
 def test_no_cuda_kernel_spills():
     sources = sorted(p.name for p in CSRC.glob("*.cu"))
     with ThreadPoolExecutor(2) as pool:
-        compiled = list(pool.map(nvcc, *zip(*product(sources, CHIPS), strict=True)))
+        compiled = list(pool.map(nvcc, *zip(*product(sources, CLUSTERS), strict=True)))
     assert sources
     for cubin in compiled:
         for name, used in resources(cubin).items():
@@ -292,6 +295,4 @@ def test_no_cuda_kernel_spills():
             for name, instructions in found.items():
                 ops = {i.op.split(".")[0] for i in instructions}
                 moves = "LDGSTS" if "Lb1E" in name else "UBLKCP"
-                # Clusters begin with 9.0: below it nothing is launched, and nothing compiled.
-                wanted = {"HMMA", "LDSM", "STAS", moves} if "-80-" not in cubin.name else set()
-                assert wanted <= ops and bool(wanted) == ("HMMA" in ops), (cubin.name, name)
+                assert {"HMMA", "LDSM", "STAS", moves} <= ops, (cubin.name, name)
