@@ -47,8 +47,6 @@ static const Device& device_of(int index) {
   };
   Device device{};
   device.major = read(cudaDevAttrComputeCapabilityMajor);
-  device.multiprocessors = read(cudaDevAttrMultiProcessorCount);
-  device.shared = read(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
   device.shared_per_block = read(cudaDevAttrMaxSharedMemoryPerBlockOptin);
   return known.emplace(index, device).first->second;
 }

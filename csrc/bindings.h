@@ -12,8 +12,8 @@ namespace grasp {
 struct Job;
 
 struct Device {
-  int major, multiprocessors;
-  int shared, shared_per_block;  // bytes of a multiprocessor, and of a block at most
+  int major;
+  int shared_per_block;  // bytes at most
 };
 
 // Strips that the matrix is cut into; 0 where `project` has no room for it on this device.

@@ -8,7 +8,7 @@ import torch
 
 from .matrices import CODES, Row, unit
 
-MOST = 32  # rows of a group
+LOW, MOST = 16, 32  # rows of a group
 WIDE = 64  # directions in one block of columns; above, the basis is most of what is read
 
 
@@ -94,17 +94,28 @@ class Layout:
 
 
 def by_tiling(rows: Sequence[Row]) -> list[tuple[dict, list[int]]]:
-    """The rows that each launch takes: of one dtype, side and tiling."""
-    heights: dict[tuple, int] = {}
+    """The rows that each launch takes: of one dtype and side, with narrow bases or wide ones.
+
+    Narrow lists take one launch, whose tiling suits the tallest matrix and the widest basis. Of
+    wide bases low groups go apart from tall ones: padded rows would cost more than the launch.
+    """
+    stacked: dict[tuple, int] = {}
     for row in rows:
-        heights[_shared(row)] = heights.get(_shared(row), 0) + row.n
-    chosen: dict[tuple, list[int]] = {}
+        stacked[_shared(row)] = stacked.get(_shared(row), 0) + row.n
+    heights = [stacked[_shared(row)] if _stacks(row) else row.n for row in rows]
+    together: dict[tuple, list[int]] = {}
     for i, row in enumerate(rows):
-        height = heights[_shared(row)] if _stacks(row) else row.n
-        options = tiling(row.code, bool(row.left), row.k, height)
-        options |= {"UNIT": unit(row), "VECTOR": bool(row.vector)}
-        chosen.setdefault(tuple(options.items()), []).append(i)
-    return [(dict(options), these) for options, these in chosen.items()]
+        kind = (heights[i] <= LOW,) if row.k > WIDE else ()
+        alike = (row.code, bool(row.left), kind, unit(row), bool(row.vector))
+        together.setdefault(alike, []).append(i)
+    return [
+        (
+            tiling(code, left, max(rows[i].k for i in these), max(heights[i] for i in these))
+            | {"UNIT": least, "VECTOR": vector},
+            these,
+        )
+        for (code, left, _, least, vector), these in together.items()
+    ]
 
 
 def tiling(code: int, left: bool, k: int, height: int) -> dict:
@@ -113,7 +124,7 @@ def tiling(code: int, left: bool, k: int, height: int) -> dict:
     A narrow basis takes one warp: several would repeat each other's products, and more programs
     keep more copies in flight.
     """
-    BR = 16 if height <= 16 else MOST
+    BR = LOW if height <= LOW else MOST
     KB = min(WIDE, max(16, 1 << (k - 1).bit_length()))
     wide = k > WIDE
     sizes = {"BR": BR, "KB": KB, "STAGES": 4, "LENGTH": 4096 if wide else 256}

@@ -28,7 +28,7 @@ from torch import Tensor
 from .factors_layout import Group, Layout, at_once, by_tiling
 from .matrices import Row
 from .tables import Kept, Table, on_device
-from .triton_tools import basis_tile, nearest_tf32, product, rounded
+from .triton_tools import basis_tile, product, rounded
 
 GROUP = tl.constexpr(len(Group._fields))
 
@@ -77,7 +77,7 @@ def _coefficients(
 ):
     """One part of one block of columns of c, and by whoever is last the sum of all parts."""
     ONE_WARP: tl.constexpr = KB * BR == 256  # adds squares up at once, where others keep a tile
-    EXACT: tl.constexpr = DTYPE == tl.float32
+    SPLIT: tl.constexpr = DTYPE == tl.float32  # 16 bits are exact in tf32
     d, k, n = tl.load(group + 3), tl.load(group + 4), tl.load(group + 5).to(tl.int32)
     basis_d, basis_k = tl.load(group + 1), tl.load(group + 2)
     across, along = basis_d.to(tl.int32), basis_k.to(tl.int32)  # within a tile
@@ -105,13 +105,13 @@ def _coefficients(
         at = i * BD + e
         start = basis + i * BD * basis_d
         start = tl.multiple_of(start, 16) if VECTOR else start
-        V = basis_tile(start, e, j, here - i * BD, inside_k, across, along, VECTOR, EXACT)
+        V = basis_tile(start, e, j, here - i * BD, inside_k, across, along, VECTOR)
         tile, inside = _tile(row, r, at, n, here, step, LEFT)
         X = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
         if LEFT:
-            acc = product(tl.trans(V), X, acc, EXACT)
+            acc = product(tl.trans(V), X, acc, True, SPLIT)
         else:
-            acc = product(X, V, acc, EXACT)
+            acc = product(X, V, acc, SPLIT, True)
         if energies is not None:
             if ONE_WARP:
                 squares += tl.sum(X * X, 0 if LEFT else 1)
@@ -184,7 +184,6 @@ def _take_off(
     STAGES: tl.constexpr,
 ):
     """One stretch of the result: `length` of d, or of a wide basis `BD`."""
-    EXACT: tl.constexpr = DTYPE == tl.float32
     d, k, n = tl.load(group + 3), tl.load(group + 4), tl.load(group + 5).to(tl.int32)
     basis_d, basis_k = tl.load(group + 1), tl.load(group + 2)
     across, along = basis_d.to(tl.int32), basis_k.to(tl.int32)  # within a tile
@@ -214,18 +213,17 @@ def _take_off(
     kept = j[:, None] * BR + r[None, :] if LEFT else r[:, None] * KB + j[None, :]
     if WHOLE:
         c = tl.load(total + kept, cache_modifier=".cg")
-        c = c if EXACT else nearest_tf32(c)
         for i in tl.range(0, tl.cdiv(tl.minimum(length, here), BD).to(tl.int32), num_stages=STAGES):
             at = i * BD + e
             start = basis + i * BD * basis_d
             start = tl.multiple_of(start, 16) if VECTOR else start
-            V = basis_tile(start, e, j, here - i * BD, k32, across, along, VECTOR, EXACT)
+            V = basis_tile(start, e, j, here - i * BD, k32, across, along, VECTOR)
             tile, inside = _tile(row, r, at, n, here, step, LEFT)
             X = tl.load(tile, mask=inside, other=0.0).to(tl.float32)
             if LEFT:
-                X -= product(V, c, tl.zeros_like(X), EXACT)
+                X -= product(V, c, tl.zeros_like(X), True, True)
             else:
-                X -= product(c, tl.trans(V), tl.zeros_like(X), EXACT)
+                X -= product(c, tl.trans(V), tl.zeros_like(X), True, True)
             target, _ = _tile(out, r, at, n, here, out_step, LEFT)
             tl.store(target, rounded(X, DTYPE), mask=inside)
     else:
@@ -235,13 +233,12 @@ def _take_off(
         for i in tl.range(0, tl.cdiv(k, KB).to(tl.int32), num_stages=STAGES):
             start = basis + i * KB * basis_k
             start = tl.multiple_of(start, 16) if VECTOR else start
-            V = basis_tile(start, e, j, here, k32 - i * KB, across, along, VECTOR, EXACT)
+            V = basis_tile(start, e, j, here, k32 - i * KB, across, along, VECTOR)
             c = tl.load(total + i * BR * KB + kept, cache_modifier=".cg")
-            c = c if EXACT else nearest_tf32(c)
             if LEFT:
-                off = product(V, c, off, EXACT)
+                off = product(V, c, off, True, True)
             else:
-                off = product(c, tl.trans(V), off, EXACT)
+                off = product(c, tl.trans(V), off, True, True)
         target, _ = _tile(out, r, e, n, here, out_step, LEFT)
         tl.store(target, rounded(X - off, DTYPE), mask=inside)
 

@@ -93,9 +93,9 @@ def row(T: Tensor, out: Tensor, basis: Tensor, C: Tensor | None, left: bool) -> 
     )
 
 
-def _in_fp32(basis: Tensor, packed: bool) -> Tensor:
+def _in_fp32(basis: Tensor) -> Tensor:
     basis = basis.float()
-    return basis.contiguous() if packed or max(basis.stride()) >= FAR else basis
+    return basis.contiguous() if max(basis.stride()) >= FAR else basis
 
 
 def _in_vectors(basis: Tensor) -> bool:
@@ -158,9 +158,8 @@ def listed(
     Cs: Sequence[Tensor],
     left: bool,
     staged: list[tuple[Tensor, Tensor]],
-    packed: bool,
 ) -> dict[torch.device, Listed]:
-    """A list as rows by device; `packed` where a kernel wants bases and C without gaps."""
+    """A list as rows by device."""
     found: dict[torch.device, Listed] = {}
     same: dict[int, Tensor] = {}  # a basis that several share stays one
     for i, T in enumerate(Ts):
@@ -168,10 +167,8 @@ def listed(
             staged += [] if outs[i] is T else [(T, outs[i])]
             continue
         if (U := same.get(id(bases[i]))) is None:
-            U = same[id(bases[i])] = _in_fp32(bases[i], packed)
+            U = same[id(bases[i])] = _in_fp32(bases[i])
         C = Cs[i].float() if Cs else None
-        if packed and C is not None:
-            C = C.contiguous()
         on = found.setdefault(T.device, Listed())
         for piece, piece_out, V, piece_C in _pieces(T, outs[i], U, C):
             for matrix, out, part in matrices(piece, piece_out, piece_C, left, staged):

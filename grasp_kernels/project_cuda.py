@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dispatch import hardware
 from .matrices import CODES, Row, listed
 
 LARGE = 2**20  # elements from which a matrix keeps a GPU busy by itself
@@ -60,10 +61,9 @@ def _with_strip(
 
 
 @cache
-def _device(index: int) -> tuple[int, int]:
-    """Its major compute capability, and the shared memory of a block."""
-    found = torch.cuda.get_device_properties(index)
-    return found.major, found.shared_memory_per_block_optin
+def _room(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def refusal(T: Tensor, basis: Tensor) -> str | None:
@@ -72,8 +72,6 @@ def refusal(T: Tensor, basis: Tensor) -> str | None:
     It refuses what the library has no kernel for, and small matrices, which one launch of
     Triton's takes together.
     """
-    if torch.version.hip is not None:
-        return "needs an NVIDIA GPU; this torch is built for ROCm"
     d, k = basis.shape
     if T.dtype not in CODES:
         return f"takes fp32, bf16 and fp16, got {T.dtype}"
@@ -88,9 +86,10 @@ def refusal(T: Tensor, basis: Tensor) -> str | None:
     lengths = () if inner is None else (T.shape[inner], T.stride(1 - inner), T.storage_offset())
     if inner is None or any(length * size % 16 for length in lengths):
         return f"rows of {list(T.shape)} with strides {list(T.stride())} are not 16-byte aligned"
-    major, room = _device(T.get_device())
+    major, minor = hardware(T.device).capability
     if major < 9:
-        return f"needs compute capability 9.0, got {major}.x"
+        return f"needs compute capability 9.0, got {major}.{minor}"
+    room = _room(T.device)
     if plan(size, d, k, room) is None:
         return f"d = {d}, k = {k} in {T.dtype} does not fit {room >> 10} KB of shared memory"
     return None
@@ -104,7 +103,7 @@ def project_cuda(
     A launch for each; arguments as `project_` has checked and `refusal` has let pass.
     """
     staged: list[tuple[Tensor, Tensor]] = []
-    for device, found in listed(Ts, outs, bases, Cs, left, staged, packed=True).items():
+    for device, found in listed(Ts, outs, bases, Cs, left, staged).items():
         launch = Launch(found.rows, device)
         launch.run(launch.places(tuple(found.pointers)))
     for kept, out in staged:
@@ -121,7 +120,7 @@ class Launch:
 
     def __init__(self, rows: Sequence[Row], device: torch.device):
         self.device = device
-        room = _device(device.index)[1]
+        room = _room(device)
         sizes = {code: dtype.itemsize for dtype, code in CODES.items()}
         plans = [plan(sizes[row.code], row.d, row.k, room) for row in rows]
         strips = [-(-row.n // p.strip) for row, p in zip(rows, plans, strict=True) if p]

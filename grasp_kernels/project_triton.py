@@ -32,7 +32,7 @@ def project_triton(
     One launch for each device, dtype and tiling in the list; arguments as `project_` has checked.
     """
     staged: list[tuple[Tensor, Tensor]] = []
-    for device, found in listed(Ts, outs, bases, Cs, left, staged, packed=False).items():
+    for device, found in listed(Ts, outs, bases, Cs, left, staged).items():
         lay_out = launches if capturing() else _kept_launches
         for launch, chosen in lay_out(tuple(found.rows), device):
             pointers = tuple(p for i in chosen for p in found.pointers[2 * i : 2 * i + 2])

@@ -168,7 +168,7 @@ class Projector:
         some_Cs = [self.Cs[i] for i in chosen] if self.Cs else []
         bases = [self.bases[i] for i in chosen]
         some = [Ts[i] for i in chosen]
-        by_device = listed(some, some, bases, some_Cs, self.left, [], packed=name == "cuda")
+        by_device = listed(some, some, bases, some_Cs, self.left, [])
         for device, found in by_device.items():
             for launch, rows in module.launches(found.rows, device):
                 members = [(chosen[found.members[r][0]], found.members[r][1]) for r in rows]

@@ -35,16 +35,15 @@ def assert_no_worse(
     """Ours is no further from `exact` than `factor` times theirs, in the largest element.
 
     A few roundings are allowed besides, of the result in its dtype and of the input `T` in the
-    accumulation's, or for 16 bits in tf32, which basis and coefficients may be rounded to: where
-    theirs happens to be exact, or all of `T` cancels, a bound of nothing would test luck.
+    accumulation's: where theirs happens to be exact, or all of `T` cancels, a bound of nothing
+    would test luck.
     """
     if not exact.numel():
         return
     accumulated = torch.promote_types(T.dtype, torch.float32)
-    unit = 2.0**-11 if T.element_size() == 2 else 4 * torch.finfo(accumulated).eps
     room = 4 * torch.finfo(ours.dtype).eps * float(exact.abs().max())
     longest = max(float(T.double().norm(dim=dim).max()) for dim in (-2, -1))
-    room += unit * longest
+    room += 4 * torch.finfo(accumulated).eps * longest
     error = float((ours.double() - exact).abs().max())
     other = float((theirs.double() - exact).abs().max())
     assert error <= factor * other + room, f"error {error:.3g} against {other:.3g} of PyTorch"

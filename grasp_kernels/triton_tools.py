@@ -32,25 +32,25 @@ def _halves(x):
 
 
 @triton.jit
-def product(a, b, acc, EXACT: tl.constexpr):
-    """acc + a b in tf32: as good as fp32 with `EXACT`, from three products of halves.
+def product(a, b, acc, A_SPLIT: tl.constexpr, B_SPLIT: tl.constexpr):
+    """acc + a b in tf32, of a number that is split both halves: as good as in fp32.
 
-    Without it `a` and `b` lose what tf32 doesn't hold: of a 16-bit number nothing.
+    What is exact in tf32, as a 16-bit number is, need not be split.
     """
-    if EXACT:
+    a_high, b_high = a, b
+    if A_SPLIT:
         a_high, a_low = _halves(a)
+    if B_SPLIT:
         b_high, b_low = _halves(b)
-        acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
         acc = tl.dot(a_high, b_low, acc, input_precision="tf32")
-        acc = tl.dot(a_high, b_high, acc, input_precision="tf32")
-    else:
-        acc = tl.dot(a, b, acc, input_precision="tf32")
-    return acc
+    if A_SPLIT:
+        acc = tl.dot(a_low, b_high, acc, input_precision="tf32")
+    return tl.dot(a_high, b_high, acc, input_precision="tf32")
 
 
 @triton.jit
-def basis_tile(basis, at, j, d, k, basis_d, basis_k, VECTOR: tl.constexpr, EXACT: tl.constexpr):
-    """`[at, j]` of a basis `[d, k]`, 0 outside, as `product` takes it.
+def basis_tile(basis, at, j, d, k, basis_d, basis_k, VECTOR: tl.constexpr):
+    """`[at, j]` of a basis `[d, k]`, 0 outside.
 
     With `VECTOR` whole vectors of 4 are read, the last perhaps beyond k, where memory is.
     """
@@ -62,4 +62,4 @@ def basis_tile(basis, at, j, d, k, basis_d, basis_k, VECTOR: tl.constexpr, EXACT
     else:
         tile = basis + at[:, None] * basis_d + j[None, :] * basis_k
         V = tl.load(tile, mask=(at[:, None] < d) & (j[None, :] < k), other=0.0)
-    return V if EXACT else nearest_tf32(V)
+    return V

@@ -66,11 +66,12 @@ class Chip:
 # what 63 % of wgmma's rate leaves on H100 (arXiv 2402.13499); the same on B200 is a guess.
 CHIPS = {
     80: Chip("A100", 108, 1.41e9, 1.7e12, 3.6e12, 40e6, 164 << 10, 163 << 10, 8, 4, clusters=False),
+    89: Chip("RTX 4090", 128, 2.5e9, 0.92e12, 5e12, 72e6, 100 << 10, 99 << 10, 8, 64, 48, 24),
     90: Chip("H100", 132, 1.755e9, 3.0e12, 5.5e12, 50e6, 228 << 10, 227 << 10, 6, 2),
     100: Chip("B200", 148, 1.755e9, 7.0e12, 11e12, 126.5e6, 228 << 10, 227 << 10, 6, 4),
     120: Chip("RTX 5090", 170, 2.4e9, 1.55e12, 6e12, 96e6, 100 << 10, 99 << 10, 8, 64, 48, 24),
 }
-RESOURCES_ONLY = (120,)  # nothing is predicted of it
+RESOURCES_ONLY = (89, 120)  # nothing is predicted of them
 REGISTERS = 65536  # a multiprocessor
 RESERVED = 1024  # bytes of shared memory that each block costs beside its own
 

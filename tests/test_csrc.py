@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grasp_kernels import project_cuda
+from grasp_kernels.dispatch import Hardware
 from grasp_kernels.project_cuda import plan
 from grasp_kernels.testing import assert_no_worse, orthonormal, project_fp64, project_torch
 from tests import emulated
@@ -198,14 +199,13 @@ def test_large_models_fit():
     ],
 )
 def test_refuses_what_it_has_no_kernel_for(monkeypatch, shape, dtype, k, message):
-    monkeypatch.setattr(project_cuda, "_device", lambda index: (9, 227 << 10))
+    monkeypatch.setattr(project_cuda, "hardware", lambda device: Hardware(None, (9, 0)))
+    monkeypatch.setattr(project_cuda, "_room", lambda device: 227 << 10)
     T = torch.empty(shape, dtype=dtype, device="meta")
     reason = project_cuda.refusal(T, torch.empty(shape[-1], k, device="meta"))
     assert reason is None if message is None else message in reason
     if message is None:
         basis = torch.empty(shape[-1], k, device="meta")
         assert "aligned" in project_cuda.refusal(T[:, 1:-31], basis[32:])
-        monkeypatch.setattr(project_cuda, "_device", lambda index: (8, 163 << 10))
-        assert "needs compute capability 9.0" in project_cuda.refusal(T, basis)
-        monkeypatch.setattr(torch.version, "hip", "6.0")
-        assert "ROCm" in project_cuda.refusal(T, basis)
+        monkeypatch.setattr(project_cuda, "hardware", lambda device: Hardware(None, (8, 6)))
+        assert "needs compute capability 9.0, got 8.6" in project_cuda.refusal(T, basis)

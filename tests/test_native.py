@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
 
 import grasp_kernels as gk
-from grasp_kernels import native
+from grasp_kernels import native, project_cuda
 from grasp_kernels.testing import assert_no_worse, orthonormal, project_fp64, project_torch
 from tests import elf
-from tests.test_project_triton import lists
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -57,7 +55,7 @@ LOADS = """
 import ctypes, json, sys
 import torch
 from pathlib import Path
-from grasp_kernels import native
+from grasp_kernels import native, project_cuda
 
 library, stub = sys.argv[1:]
 native.LIBRARY = Path(library)
@@ -154,34 +152,38 @@ loaded = pytest.mark.skipif(native.missing() is not None, reason=str(native.miss
 
 
 @loaded
-@settings(max_examples=200)
-@given(lists())
-def test_error_is_at_most_twice_pytorchs(case):
-    Ts, bases, Cs, side = case
-    before = [T.clone() for T in Ts]
-    each = Cs or [None] * len(Ts)
-    with gk.backend("cuda"):
-        gk.project_(Ts, bases, Cs, side=side)
-    for out, T, U, C in zip(Ts, before, bases, each, strict=True):
-        assert_no_worse(out, project_torch(T, U, C, side), project_fp64(T, U, C, side), T)
-
-
-@loaded
 @pytest.mark.parametrize("side", ["right", "left"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(4096, 1536), (1032, 4096), (4096, 14336), (14336, 512)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(4096, 1536), (1056, 4096), (4096, 14336), (14336, 512)])
 @pytest.mark.parametrize("k", [8, 32, 64])
-def test_large_matrices(side, dtype, shape, k):
-    T = torch.randn(shape, device="cuda").to(dtype)
+@pytest.mark.parametrize("inside", [0.0, 0.97])
+def test_error_is_at_most_twice_pytorchs(side, dtype, shape, k, inside):
+    T = torch.randn(shape, device="cuda", dtype=torch.float64)
     d = shape[0] if side == "left" else shape[1]
-    U, before = orthonormal(d, k).cuda(), T.clone()
-    exact, theirs = project_fp64(T, U, None, side), project_torch(T, U, None, side)
-    with gk.backend("cuda"):
-        new = gk.project(T, U, side=side)
-        assert torch.equal(new, gk.project(T, U, side=side))
-        gk.project_(T, U, side=side)
-    assert_no_worse(new, theirs, exact, before)
-    assert torch.equal(T, new)
+    U = orthonormal(d, k).cuda()
+    if inside:
+        off = project_fp64(T, U, None, side)
+        lies = T - off
+        T = off + lies * (inside / (1 - inside)) ** 0.5 * off.norm() / lies.norm()
+    T = T.to(dtype)
+    C = torch.randn((k, T.shape[1]) if side == "left" else (T.shape[0], k), device="cuda")
+    if reason := project_cuda.refusal(T, U):
+        pytest.skip(reason)
+    for pinned in (None, C):
+        X = T.clone()
+        exact, theirs = project_fp64(T, U, pinned, side), project_torch(T, U, pinned, side)
+        with gk.backend("cuda"):
+            new = gk.project(T, U, pinned, side=side)
+            assert torch.equal(new, gk.project(T, U, pinned, side=side))
+            projector = gk.Projector(
+                [X], U, None if pinned is None else [C], side=side, measure=True
+            )
+            projector()
+        assert_no_worse(new, theirs, exact, T)
+        assert torch.equal(X, new)
+        away = T.double() - project_fp64(T, U, None, side)
+        known = torch.stack([T.double().square().sum(), away.square().sum()]).cpu()
+        torch.testing.assert_close(projector.energies()[0], known, rtol=1e-2, atol=1e-2)
 
 
 @loaded

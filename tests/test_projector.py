@@ -41,7 +41,7 @@ def test_does_what_project_does(name, case):
         for X, B, U, C in zip(Xs, Bs, bases, Cs or [None] * len(Xs), strict=True):
             assert_no_worse(X, project_torch(B, U, C, side), project_fp64(B, U, C, side), B)
     exact = sum(energies_fp64(Bs, bases, side) for Bs in before)
-    torch.testing.assert_close(projector.energies(), exact, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(projector.energies(), exact, rtol=1e-4, atol=1e-4)
     assert not projector.energies().any()  # counted from nothing again
 
 
@@ -53,7 +53,7 @@ def test_wide_bases_are_counted_once(name, side):
     with gk.backend(name):
         projector = gk.Projector([T], [U], side=side, measure=True)
         projector()
-    torch.testing.assert_close(projector.energies(), exact, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(projector.energies(), exact, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -95,7 +95,7 @@ def test_an_overflow_is_not_counted(name):
         projector = gk.Projector([T], U, measure=True)
         projector([torch.full_like(T, float("inf"))])
         projector()
-    torch.testing.assert_close(projector.energies(), exact, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(projector.energies(), exact, rtol=1e-4, atol=1e-4)
 
 
 def test_runs_as_it_is_inside_a_compiled_step():

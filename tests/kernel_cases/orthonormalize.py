@@ -87,7 +87,7 @@ def _work(tensor: float, once: float, l2: float, items: list, *loops: Named) -> 
 def jobs() -> list[TritonJob]:
     from grasp_kernels.orthonormalize_triton import WIDEST, configurations
 
-    kinds = product((torch.float32, torch.bfloat16), (0,), (64, WIDEST))
+    kinds = product((torch.float32, torch.bfloat16, torch.float16), (0,), (64, WIDEST))
     found = [job for kind in kinds for job in configurations(*kind)]
     return [_job(*job) for i, job in enumerate(found) if job not in found[:i]]
 

@@ -8,7 +8,7 @@ from ..aot import CudaJob, TritonJob
 from ..static_model import Work
 
 SIZES = {"fp32": 4, "bf16": 2}
-CODES = {"fp32": 0, "bf16": 1}  # fp16 is compiled as bf16 is
+CODES = {"fp32": 0, "bf16": 1, "fp16": 2}
 MMA = "HMMA|HGMMA|UTCHMMA"  # a tensor core's product, whatever its form
 
 
