@@ -5,7 +5,7 @@ from importlib import import_module
 from grasp.bases.discover import discover
 from grasp.bases.subspaces import Subspaces
 from grasp.data import Reference, default_prompts, draw
-from grasp.guard import Guard
+from grasp.guard import Guard, init_lora_null
 from grasp.study.compare import compare
 from grasp.study.evaluate import evaluate
 
@@ -19,6 +19,7 @@ __all__ = [
     "discover",
     "draw",
     "evaluate",
+    "init_lora_null",
 ]
 
 

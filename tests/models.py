@@ -22,7 +22,7 @@ GROUPED = {**COMMON, "num_key_value_heads": 2}
 HEADED = {**GROUPED, "head_dim": 8}
 GPT2 = {"vocab_size": 64, "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "bos_token_id": 1}
 
-PROMPTS = torch.randint(3, 64, (12, 5), generator=torch.Generator().manual_seed(1)).tolist()
+PROMPTS = torch.randint(3, 64, (40, 5), generator=torch.Generator().manual_seed(1)).tolist()
 
 FAMILIES = {
     "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**HEADED)),

@@ -113,7 +113,7 @@ def test_inputs_of_the_reference_are_not_acted_on(family, lora):
         assert any(not torch.equal(before[n], p) for n, p in model.named_parameters())
         return guard.growth.reference.measure(model)
 
-    assert drift(0.99) < 0.5 * drift(0.0)
+    assert drift(0.95) < 0.5 * drift(0.0)
 
 
 def test_a_frozen_lora_a_is_taken_off_the_inputs_too():
@@ -207,6 +207,6 @@ def test_one_set_of_defaults():
     of_growth = inspect.signature(Growth).parameters
     for other in (Reference, draw, Settings):
         shared = inspect.signature(other).parameters.keys() & of_growth.keys()
-        assert {"tokens", "batch"} <= shared
+        assert ({"tokens"} if other is draw else {"tokens", "batch"}) <= shared
         for name in shared - {"reference", "drifted"}:
             assert inspect.signature(other).parameters[name].default == of_growth[name].default

@@ -14,7 +14,7 @@ from grasp_kernels.testing import orthonormal
 from tests.models import WIDTH, batch, build, with_lora
 
 ROWS = [{k: v[0].tolist() for k, v in batch(rows=1, seed=i).items()} for i in range(16)]
-PROMPTS = torch.randint(3, 64, (8, 4), generator=torch.Generator().manual_seed(0)).tolist()
+PROMPTS = torch.randint(3, 64, (40, 4), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def arguments(out, **options) -> TrainingArguments:
@@ -154,7 +154,9 @@ def test_same_line_in_sft_trainer(tmp_path):
         bf16=False,
         disable_tqdm=True,
     )
-    callback = grasp.GraspCallback(reference=world.prompts(["law"]), tokens=1, every=1, refresh=1)
+    callback = grasp.GraspCallback(
+        reference=world.prompts(["law"]), tokens=1, every=1, refresh=1, read=0.8
+    )
     trl.SFTTrainer(
         model=model,
         args=config,

@@ -6,6 +6,7 @@ trains, the leading left singular vectors of the averaged gradient of KL(base â€
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -13,8 +14,9 @@ from torch import Tensor, nn
 
 import grasp_kernels as gk
 from grasp.bases.inputs import input_bases
+from grasp.bases.spectrum import InputBasis
 from grasp.data import Continued, Reference
-from grasp.model import Trained, asking, evaluating, processes
+from grasp.model import Architecture, Trained, asking, evaluating, processes
 
 DIRECTIONS = ("drift", "random", "shuffled", "bottom")
 
@@ -28,6 +30,15 @@ class Growing(Protocol):
 
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
+
+
+class Reading(Protocol):
+    """A trained parameter that is kept off a basis of its map's inputs, as `guard` has it."""
+
+    trained: Trained
+
+    def take(self, basis: InputBasis) -> None:
+        """Be kept off it from now on."""
 
 
 def check(
@@ -54,9 +65,12 @@ class Growth:
 
     Args:
         reference: unlabelled prompts from unrelated topics: strings, token id lists, a `Reference`.
-        read: share of the energy of each matrix's inputs on the reference that is blocked, from 0
-            (none) up to 1.
+        read: share of the energy of each matrix's inputs that is blocked, measured on prompts of
+            the reference that are held out, from 0 (none) up to 1.
         read_rank: largest k of such a basis; None sets no limit.
+        quick: look for them on the reference's own tokens alone. Else the model draws more, up to
+            eight for each dimension of the widest input, while a basis holds less on held-out
+            prompts than on its own. None is quick on a CPU.
         rank: largest k of a basis that grows; 0 lets none grow.
         tokenizer: for prompts that are strings.
         tokens: of the base model's continuation of each prompt that are looked at.
@@ -84,8 +98,9 @@ class Growth:
         self,
         reference: Reference | Sequence,
         *,
-        read: float = 0.97,
+        read: float = 0.95,
         read_rank: int | None = None,
+        quick: bool | None = None,
         rank: int = 4,
         tokenizer=None,
         tokens: int = 96,
@@ -114,7 +129,7 @@ class Growth:
         if isinstance(reference, Reference):
             reference = reference.copy()  # whose order of prompts goes on by itself
         self.reference, self.tokenizer, self.drifted = reference, tokenizer, drifted
-        self.read, self.read_rank = read, read_rank
+        self.read, self.read_rank, self.quick = read, read_rank, quick
         self.rank, self.directions = rank, directions
         self.tokens, self.batch, self.seed = tokens, batch, seed
         self.every, self.refresh, self.grow = every, refresh, grow
@@ -123,15 +138,14 @@ class Growth:
         self.divergences: list[tuple[int, float]] = []
         """The step and KL(base â€– model) of each measurement."""
 
-    def start(self, model: nn.Module, guarded: Sequence[Growing]) -> None:
+    def start(self, found: Architecture, guarded: Sequence[Reading]) -> None:
         """Look at the model before its run: its answers to the prompts, and what it takes in there.
 
         It is looked at as it is, adapters and all: training has not moved it yet.
         """
-        shuffled = _elsewhere(guarded) if self.directions == "shuffled" else {}
         if not isinstance(self.reference, Reference):
             self.reference = Reference(
-                model,
+                found.model,
                 self.reference,
                 self.tokenizer,
                 tokens=self.tokens,
@@ -141,18 +155,31 @@ class Growth:
             )
         if processes.several():
             self.reference = _of_first(self.reference)
+        shuffled = _elsewhere(guarded) if self.directions == "shuffled" else {}
         reading = [g for g in guarded if g.trained.holds == "inputs"]
         if not reading:
             return
-        matrices = [g.trained.matrix for g in reading]
-        options = {"rank": self.read_rank, "bottom": self.directions == "bottom"}
-        bases = input_bases(model, matrices, self.reference, self.read, **options)
-        if self.directions == "random":
-            generator = torch.Generator().manual_seed(self.seed)
-            bases = {name: _random_like(V, generator) for name, V in bases.items()}
-        bases = dict(zip(bases, processes.from_first(list(bases.values())), strict=True))
+        takers: dict[str, list[Reading]] = {}
         for g in reading:
-            g.widen(bases[shuffled.get(g.trained.name, g).trained.matrix.name])
+            source = shuffled.get(g.trained.name, g)
+            takers.setdefault(source.trained.matrix.name, []).append(g)
+        generator = torch.Generator().manual_seed(self.seed)
+        bases = input_bases(
+            found,
+            list({g.trained.matrix.name: g.trained.matrix for g in reading}.values()),
+            list(self.reference.rows()),
+            self.read,
+            rank=self.read_rank,
+            bottom=self.directions == "bottom",
+            quick=self.quick,
+        )
+        for names, basis in bases:
+            if self.directions == "random":
+                basis = replace(basis, directions=_random_like(basis.directions, generator))
+            (directions,) = processes.from_first([basis.directions])
+            basis = replace(basis, directions=directions)
+            for g in (g for name in names for g in takers[name]):
+                g.take(basis)
 
     def after_step(self, model: nn.Module, guarded: Sequence[Growing], step: int) -> bool:
         """Measure and grow when it is time; whether a basis grew, so that weights must follow."""
@@ -255,7 +282,7 @@ def _range(D: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return Q @ U, S
 
 
-def _elsewhere(guarded: Sequence[Growing]) -> dict[str, Growing]:
+def _elsewhere(guarded: Sequence) -> dict:
     """For each its like half of the blocks further on.
 
     Raises:

@@ -1,8 +1,7 @@
 """What each matrix takes in on unrelated prompts: inputs on which a fine-tune may not act.
 
-    X̂ [t, d_in]   inputs at the reference's tokens, each of length 1
-    V [d_in, k]   leading right singular vectors of X̂, k the least with ‖X̂ V‖² ≥ energy · ‖X̂‖²,
-                  or the largest allowed
+    V [d_in, k]   directions that hold a share of the energy of inputs x̂, each of length 1, at every
+                  token of prompts that were held out when V was found (`spectrum`)
 
 A change ΔW with ΔW V = 0 leaves the matrix as it was on such inputs, whatever it does on others:
 the null space of old inputs as in continual learning (Wang et al. 2021, arXiv:2103.07113; Saha et
@@ -10,144 +9,192 @@ al. 2021, arXiv:2103.09762), with unlabelled prompts in place of old tasks.
 """
 
 import warnings
-from collections.abc import Sequence
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
-from grasp.data import Reference
-from grasp.model import Matrix, evaluating, given, unfused
-from grasp_kernels.matrices import in_vectors
+from grasp.bases.spectrum import InputBasis, Moments, choose
+from grasp.bases.stream import Batch, Stream
+from grasp.data import draw
+from grasp.model import Architecture, Matrix, processes
 
-TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
-BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done again for the rest
-LARGE = 2**30  # bytes of bases above which their size is told, before memory runs out
+Read = tuple[tuple[int, ...], Sequence[int]]  # a prompt's token ids, and with a continuation's
+HELD_OUT = 5  # of so many prompts one is held out
+PER_WIDTH = 8  # tokens looked at for each dimension of the widest input, where it takes so many
+STABLE = 0.02  # of the energy: how much less V may hold of held-out inputs than of those seen
+SHORT = 0.01  # of the energy: how much less than asked a basis may hold before it is told
+SILENT = 5  # seconds before a bar shows
+ROWS = 16  # run side by side
+BUDGET = 2**30  # bytes of moments at a time, where blocks can't be run one by one
+
+
+class Tokens:
+    """The prompts that are looked at, and more of their continuations as they are asked for.
+
+    Args:
+        model: which draws more.
+        rows: prompts, each also with a continuation.
+        most: tokens above which no more are drawn.
+    """
+
+    def __init__(self, model: nn.Module, rows: Sequence[Read], most: int):
+        self.model, self.most = model, most
+        self.longest = max(len(whole) - len(prompt) for prompt, whole in rows)
+        prompts = list(dict.fromkeys(prompt for prompt, _ in rows))
+        held = set(prompts[HELD_OUT - 1 :: HELD_OUT])
+        self.prompts = [list(p) for p in prompts if p not in held]
+        self._times = 1
+        seen = [row for prompt, row in rows if prompt not in held]
+        self.batches = [
+            *_batches(seen, False),
+            *_batches([row for prompt, row in rows if prompt in held], True),
+        ]
+        self.count = sum(map(len, seen))
+
+    def more(self) -> list[Batch]:
+        """As many again; none if there are enough."""
+        added: list[Batch] = []
+        for _ in range(self._times):
+            if self.count >= self.most:
+                break
+            drawn = draw(self.model, self.prompts, tokens=self.longest, seed=self._times)
+            self._times += 1
+            self.count += sum(len(ids) for ids, _ in drawn)
+            added += _batches([ids for ids, _ in drawn], False)
+        self.batches += added
+        return added
+
+
+def _batches(rows: Sequence[Sequence[int]], held: bool) -> Iterator[Batch]:
+    """Rows of one length side by side, so that none is padded, in an order of no meaning."""
+    by_length: dict[int, list] = {}
+    for row in rows:
+        by_length.setdefault(len(row), []).append(list(row))
+    chunks = [same[i : i + ROWS] for same in by_length.values() for i in range(0, len(same), ROWS)]
+    for i in torch.randperm(len(chunks), generator=torch.Generator().manual_seed(0)).tolist():
+        yield Batch(torch.tensor(chunks[i]), held)
 
 
 def input_bases(
-    model: nn.Module,
+    found: Architecture,
     matrices: Sequence[Matrix],
-    reference: Reference,
+    rows: Sequence[Read],
     energy: float,
     rank: int | None = None,
     bottom: bool = False,
-) -> dict[str, Tensor]:
-    """Bases `[d_in, k]`, fp32, by the names of the matrices; those with one input share one.
+    quick: bool | None = None,
+) -> Iterator[tuple[list[str], InputBasis]]:
+    """What is blocked of each distinct input, a block of the model at a time.
 
     Args:
-        model: as it is before the fine-tune.
+        found: the model as it is before the fine-tune.
         matrices: of that model.
-        reference: its prompts and continuations are the tokens looked at.
-        energy: share of the inputs' energy that the bases hold, above 0 and below 1.
+        rows: prompts' token ids, and these with a continuation's, whose tokens are looked at.
+        energy: share of the inputs' energy on held-out prompts that a basis is to hold, above 0
+            and below 1.
         rank: largest k; None sets no limit.
         bottom: as many directions, but those of the least energy: a control.
+        quick: look at these tokens alone; else more are drawn while a basis holds
+            less on held-out prompts than on its own. None is quick on a CPU.
+
+    Yields:
+        The names of the matrices that take one input in, and its basis.
     """
-    inputs = _Inputs(model, matrices, reference)
-    bases: dict[str, Tensor] = {}
-    taken = 0
-    waiting = list(inputs.owners)
-    while waiting:
-        size = inputs.count * 4
-        fits, used = [], 0
-        while waiting and (not fits or used + size * inputs.width[waiting[0]] <= BUDGET):
-            used += size * inputs.width[waiting[0]]
-            fits.append(waiting.pop(0))
-        for name, X in inputs.collect(fits).items():
-            bases[name] = _leading(X, energy, rank, bottom)
-            before, taken = taken, taken + bases[name].nbytes
-            if before <= LARGE < taken:
-                _tell(taken, len(bases), len(inputs.owners))
-    return {m.name: bases[inputs.owner[m.name]] for m in matrices}
+    if quick is None:
+        quick = next(found.model.parameters()).device.type == "cpu"
+    widest = max(m.in_features for m in matrices)
+    tokens = Tokens(found.model, rows, 0 if quick else PER_WIDTH * widest)
+    stream = Stream(found.model, found.blocks)
+    stream.look([batch.ids[: n + 1] for n, batch in enumerate(tokens.batches[:2])])
+    owner = _owners(stream, matrices, tokens.batches[0])
+    if stream.one_by_one:
+        stream.begin(tokens.batches)
+    short: list[str] = []
+    stages = list(_stages(stream, matrices, owner))
+    bar = {"desc": "what the model takes in", "unit": "block", "leave": False, "delay": SILENT}
+    for n, owners in tqdm(stages, disable=not processes.is_first(), **bar):
+        for name, basis in _look(stream, n, owners, tokens, (energy, rank, bottom)):
+            if basis.share < energy - SHORT and rank is None and not bottom:
+                short.append(f"{name} ({basis.share:.2f})")
+            yield [m.name for m in matrices if owner[m.name] == name], basis
+    _tell(short, len(set(owner.values())), energy)
 
 
-def _tell(taken: int, done: int, total: int) -> None:
-    warnings.warn(
-        f"the bases of inputs take {taken / 2**30:.1f} GiB for {done} of {total} distinct inputs "
-        f"already, about {taken * total / done / 2**30:.1f} GiB in all; if that is too much give "
-        "read_rank, the most directions of each, or a smaller read",
-        stacklevel=2,
-    )
+def _owners(stream: Stream, matrices: Sequence[Matrix], batch: Batch) -> dict[str, str]:
+    """For each matrix the first that took in the same tensor."""
+    owner = {m.name: m.name for m in matrices}
+    last: list[tuple[Tensor, str]] = []
+
+    def note(name: str) -> Callable:
+        def call(x: Tensor, batch: Batch) -> None:
+            if not last or x is not last[0][0]:
+                last[:] = [(x, name)]
+            owner[name] = last[0][1]
+
+        return call
+
+    stream.whole([Batch(batch.ids[:1], False)], {id(m.module): note(m.name) for m in matrices})
+    return owner
 
 
-def _leading(X: Tensor, energy: float, rank: int | None, bottom: bool = False) -> Tensor:
-    """The leading right singular vectors `[d, k]` of `X [t, d]` that hold a share of its energy."""
-    tall = bottom or X.shape[0] >= X.shape[1]  # no token has some of the bottom directions
-    gram = (X.mT @ X if tall else X @ X.mT).double()
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    k = int((values.cumsum(0) < energy * values.sum()).sum()) + 1
-    k = k if rank is None else min(k, rank)
-    V = vectors[:, -k:] if bottom else vectors[:, :k]
-    if not tall:
-        V = torch.linalg.qr(X.mT.double() @ V).Q
-    return in_vectors(V.float())
+def _stages(
+    stream: Stream, matrices: Sequence[Matrix], owner: dict[str, str]
+) -> Iterator[tuple[int | None, list[Matrix]]]:
+    """What is looked at at a time: the block, or None for all of the model, and whose inputs."""
+    owners = [m for m in matrices if owner[m.name] == m.name]
+    if stream.one_by_one:
+        for n, block in enumerate(stream.blocks):
+            own = {id(m) for m in block.matrices}
+            yield n, [m for m in owners if id(m) in own]
+        inside = {id(m) for block in stream.blocks for m in block.matrices}
+        owners = [m for m in owners if id(m) not in inside]
+    while owners:
+        size, chosen = 0, []
+        while owners and (not chosen or size + 4 * owners[0].in_features ** 2 <= BUDGET):
+            size += 4 * owners[0].in_features ** 2
+            chosen.append(owners.pop(0))
+        yield None, chosen
 
 
-class _Inputs:
-    """Inputs of matrices at sampled tokens of the reference, unit length."""
+def _look(
+    stream: Stream, n: int | None, owners: Sequence[Matrix], tokens: Tokens, options: tuple
+) -> Iterator[tuple[str, InputBasis]]:
+    """The bases of some matrices' inputs, from as many tokens as they need."""
+    moments = {m.name: Moments(m.in_features, stream.device) for m in owners}
+    see = {
+        id(m.module): lambda x, batch, own=moments[m.name]: own.add(
+            x.reshape(-1, x.shape[-1]), batch.held
+        )
+        for m in owners
+    }
+    fresh = tokens.batches
+    while True:
+        if n is None:
+            stream.whole(fresh, see)
+        else:
+            stream.through(n, fresh, see)
+        bases = {name: choose(own, *options) for name, own in moments.items()}
+        if all(map(_is_stable, bases.values())) or not (fresh := tokens.more()):
+            break
+        if n is not None:
+            stream.begin(fresh)
+            for before in range(n):
+                stream.through(before, fresh, {})
+    yield from bases.items()
 
-    def __init__(self, model: nn.Module, matrices: Sequence[Matrix], reference: Reference):
-        self.model, self.matrices, self.reference = model, matrices, reference
-        total = int(reference.mask.sum())
-        self.count = min(total, TOKENS)
-        order = torch.randperm(total, generator=torch.Generator().manual_seed(0))
-        self.sampled = torch.zeros(total, dtype=torch.bool)
-        self.sampled[order[: self.count]] = True
-        self.owner: dict[str, str] = {}
-        """The first matrix that took in the same tensor."""
-        self.width: dict[str, int] = {}
-        self._last: tuple[Tensor, str] | None = None
-        self._run({m.name: self._own(m.name) for m in matrices}, batches=1)
-        self.owners = list(dict.fromkeys(self.owner.values()))
 
-    def collect(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """`[tokens, d_in]` of each, fp32, on the model's device."""
-        kept: dict[str, list[Tensor]] = {name: [] for name in names}
+def _is_stable(basis: InputBasis) -> bool:
+    enough = PER_WIDTH * len(basis.directions)
+    return basis.sample - basis.share <= STABLE or basis.tokens >= enough
 
-        def keep(name: str):
-            def hook(module, args, kwargs):
-                x = given(args, kwargs).detach()
-                x = x.reshape(-1, x.shape[-1])  # some flatten tokens, some see a few of them
-                x = x[self._chosen] if len(x) == len(self._chosen) else x
-                x = x.float()
-                kept[name].append(nn.functional.normalize(x, dim=1))
 
-            return hook
-
-        self._run({name: keep(name) for name in names})
-        return {name: torch.cat(rows) for name, rows in kept.items()}
-
-    def _own(self, name: str):
-        def hook(module, args, kwargs):
-            x = given(args, kwargs)
-            if self._last is None or x is not self._last[0]:
-                self._last = x, name
-            self.owner[name] = self._last[1]
-            self.width[name] = x.shape[-1]
-
-        return hook
-
-    def _run(self, hooks: dict, batches: int | None = None) -> None:
-        handles = [
-            m.module.register_forward_pre_hook(hooks[m.name], with_kwargs=True)
-            for m in self.matrices
-            if m.name in hooks
-        ]
-        device = next(self.model.parameters()).device
-        seen = 0
-        try:
-            with evaluating(self.model), unfused(self.model), torch.no_grad():
-                for ids, mask in islice(self.reference.batches(), batches):
-                    size = int(mask.sum())
-                    chosen = torch.zeros_like(mask, dtype=torch.bool)
-                    chosen[mask.bool()] = self.sampled[seen : seen + size]
-                    self._chosen = chosen.flatten().to(device)
-                    seen += size
-                    self.model(
-                        input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False
-                    )
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._last = None
+def _tell(short: Sequence[str], inputs: int, energy: float) -> None:
+    if short:
+        warnings.warn(
+            f"on held-out prompts the bases of {len(short)} of {inputs} inputs hold less than "
+            f"read={energy}: {', '.join(short[:3])}{' …' if len(short) > 3 else ''}; give more "
+            "prompts, or quick=False to draw more from them",
+            stacklevel=2,
+        )

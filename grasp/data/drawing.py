@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 from grasp.data.prompts import tokenized
 from grasp.data.rows import IGNORED
@@ -18,6 +19,7 @@ from grasp.model import evaluating, processes
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 TOGETHER = 64  # prompts that run side by side
+SILENT = 5  # seconds before a bar shows
 
 
 def draw(
@@ -47,9 +49,14 @@ def draw(
     _check_ids(model, rows, tokens)
     drawn = torch.rand(len(rows), tokens, generator=torch.Generator().manual_seed(seed))
     answers: dict[int, list[int]] = {}
-    with evaluating(model), torch.no_grad():
+    bar = {"desc": "drawing continuations", "unit": "prompt", "leave": False, "delay": SILENT}
+    with (
+        evaluating(model),
+        torch.no_grad(),
+        tqdm(total=len(rows), disable=not processes.is_first(), **bar) as progress,
+    ):
         for chosen in _together(rows, tokens):
-            found = _continued(model, [rows[i] for i in chosen], drawn[chosen])
+            found = _continued(model, [rows[i] for i in chosen], drawn[chosen], progress)
             answers |= dict(zip(chosen, found, strict=True))
     return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
 
@@ -64,7 +71,9 @@ def _together(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]
         yield chosen
 
 
-def _continued(model: nn.Module, rows: Sequence[Sequence[int]], drawn: Tensor) -> list[list[int]]:
+def _continued(
+    model: nn.Module, rows: Sequence[Sequence[int]], drawn: Tensor, progress: tqdm
+) -> list[list[int]]:
     """What the model says after each row: `drawn [rows, tokens]` picks it.
 
     All are read from the shortest row's end on, a token of each at a time: the next of its own, or
@@ -86,7 +95,9 @@ def _continued(model: nn.Module, rows: Sequence[Sequence[int]], drawn: Tensor) -
         asked = drawn.gather(1, count.clamp(0, tokens - 1)[:, None])
         (picked,) = processes.from_first([_pick(out.logits[:, -1], asked.to(device)).cpu()])
         text[:, at] = torch.where(count < 0, text[:, at], picked)
+        done = int(over.sum())
         over |= (count >= 0) & (torch.isin(text[:, at], ends) | (count + 1 >= tokens))
+        progress.update(int(over.sum()) - done)
         at += 1
     said = [line[n : n + tokens] for line, n in zip(text, lengths.tolist(), strict=True)]
     return [line[: _first(torch.isin(line, ends)) + 1].tolist() for line in said]

@@ -93,6 +93,12 @@ class Reference:
             longest = int(mask.sum(1).max())
             yield self.ids[start : start + self.batch, :longest], mask[:, :longest]
 
+    def rows(self) -> Iterator[tuple[tuple[int, ...], list[int]]]:
+        """Each prompt's token ids, and these with a continuation's."""
+        for ids, mask, compared in zip(self.ids, self.mask, self.compared, strict=True):
+            whole = ids[mask.bool()].tolist()
+            yield tuple(whole[: int(compared.int().argmax()) + 1]), whole
+
     def copy(self) -> "Reference":
         """The same reference, whose `sample` takes an order of its own from here on."""
         other = copy(self)

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 
+from grasp.guard.frozen import Frozen
 from grasp.guard.guarded import Change, Guarded
 
 EXACT = 1e-6  # of ΔW that may lie in a basis
@@ -57,37 +58,61 @@ class Judged(NamedTuple):
         return found | ({"moved": change.size / self.start} if self.start > 0 else {})
 
 
-def certificate(guarded: Sequence[Guarded], uncovered: Sequence[str] = ()) -> dict:
+def certificate(
+    guarded: Sequence[Guarded], frozen: Sequence[Frozen] = (), uncovered: Sequence[str] = ()
+) -> dict:
     """Whether the guarantee holds for the weights as they are now, in total and by module.
 
     Args:
-        guarded: all of a guard.
+        guarded, frozen: all of a guard.
         uncovered: parameters that began to train after the guard was attached.
 
     Returns:
         `holds`: every weight is finite, nothing more got through than its `bound`, and nothing is
         uncovered. `through`: the most of any module that moved; None if a weight is NaN or
         infinite. `unmoved`: modules that did not move beyond rounding, whose `through` and `bound`
-        are None. `finite`, `uncovered`, and `modules`: `rank`, `blocked`, `through`, `bound`,
-        `holds`, and `moved`, ‖ΔW‖ / ‖W₀‖, of weights that training did not begin with 0.
+        are None. `share`: of the energy of inputs on held-out prompts, the least that any module's
+        basis of inputs holds; None without such. `finite`, `uncovered`, and `modules`: `rank`,
+        `blocked`, `through`, `bound`, `holds`; `share`, of inputs; `moved`, ‖ΔW‖ / ‖W₀‖, of weights
+        that training did not begin with 0; of frozen inputs `frozen`, whether A is bit for bit what
+        it was when it was put off V, and `before`, ‖A V‖ / ‖A‖ until then.
     """
     modules, through, unmoved = {}, [0.0], []
+    for f in frozen:
+        modules[f.name] = {k: finite(v) for k, v in judged_frozen(f).items()}
+        through.append(modules[f.name]["through"] or f.through())
     for g in guarded:
         judged = Judged.of(g)
         found = g.leak(judged.change) | judged.verdict()
+        found |= {} if g.share is None else {"share": g.share}
         modules[g.name] = {k: finite(v) for k, v in found.items()}
         if judged.still:
             unmoved.append(g.name)
         else:
             through.append(judged.change.through)
     all_finite = all(map(math.isfinite, through))
+    shares = [m["share"] for m in modules.values() if "share" in m]
     return {
         "holds": all(m["holds"] for m in modules.values()) and all_finite and not uncovered,
         "through": max(through) if all_finite else None,
+        "share": min(shares) if shares else None,
         "finite": all_finite,
         "unmoved": unmoved,
         "uncovered": list(uncovered),
         "modules": modules,
+    }
+
+
+def judged_frozen(f: Frozen) -> dict:
+    """Of a LoRA whose A is frozen: as a module stands in `certificate`."""
+    found, still = f.leak(), f.still
+    bound = max(EXACT, torch.finfo(f.parameter.dtype).eps / 2)
+    return found | {
+        "bound": bound,
+        "holds": still and found["through"] <= bound,
+        "share": f.share,
+        "frozen": still,
+        "before": f.size,
     }
 
 
@@ -99,6 +124,11 @@ def why(found: Mapping) -> str:
         return (
             "no step of a torch optimizer was seen, so no basis could grow; train with one, or "
             "block inputs alone (rank=0)"
+        )
+    if moved := [name for name, m in found["modules"].items() if m.get("frozen") is False]:
+        return (
+            f"{moved[0]} was frozen and is not what it was: something trained, loaded or cast it; "
+            "train B alone, in the dtype of the start"
         )
     if found["uncovered"]:
         names = ", ".join(found["uncovered"][:4])

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from grasp.guard.frozen import Frozen
 from grasp.guard.guarded import Guarded
 from grasp.model import Architecture, Trained
 
@@ -58,7 +59,9 @@ def refuse_dead_ends(found: Architecture) -> None:
             )
 
 
-def tell_open(found: Architecture, trained: Sequence[Trained], guarded: Sequence[Guarded]) -> None:
+def tell_open(
+    found: Architecture, trained: Sequence[Trained], guarded: Sequence[Guarded | Frozen]
+) -> None:
     """Warn of what is trained and not covered, by either of its factors."""
     covered = {id(g.parameter) for g in guarded}
     open_ways = [
@@ -71,6 +74,20 @@ def tell_open(found: Architecture, trained: Sequence[Trained], guarded: Sequence
             "the factor can still be written through trained modules that the guard does not "
             f"cover: {', '.join(open_ways[:8])}{' …' if len(open_ways) > 8 else ''}",
             stacklevel=4,
+        )
+
+
+def refuse_late(asked: bool | None) -> None:
+    """Refuse to freeze what a wrapper waits for.
+
+    Raises:
+        ValueError: it was asked for.
+    """
+    if asked:
+        raise ValueError(
+            "freeze_inputs=True came after the model was wrapped for several processes, which wait "
+            "for gradients of all that asked for them then; freeze every lora_A before "
+            "(requires_grad_(False)), or give GraspCallback to the Trainer when you make it"
         )
 
 

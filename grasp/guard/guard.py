@@ -10,7 +10,8 @@ blocked as well, from the other side:
     every step           W ← W − (W V − C) Vᵀ      V: see `bases.inputs`
 
 and U may grow during training: every few steps the leading left singular vectors of the averaged
-gradient of KL(base ‖ model) on the prompts join it.
+gradient of KL(base ‖ model) on the prompts join it. With frozen inputs A is put off V once and does
+not train (`guard.frozen`), so that no V is kept.
 """
 
 import sys
@@ -29,12 +30,14 @@ from grasp.bases.subspaces import Subspaces
 from grasp.data import Reference
 from grasp.guard import checks
 from grasp.guard.certificate import certificate, finite
+from grasp.guard.frozen import Frozen, frozen_of
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged
-from grasp.guard.state import load, save
+from grasp.guard.matching import match, nothing
+from grasp.guard.state import frozen_as, load, save
 from grasp.guard.steps import Steps, averages, in_backward, innermost
 from grasp.guard.weights import Whole
-from grasp.model import Architecture, Trained, inspect, processes
+from grasp.model import Architecture, inspect, processes
 from grasp_kernels.autocast import set_aside
 
 
@@ -54,6 +57,9 @@ class Guard:
         reference: unlabelled prompts from unrelated topics (strings, token id lists, or a
             `Reference`): what each matrix takes in on them is blocked, and bases of its outputs
             grow, from `subspaces` or from nothing.
+        freeze_inputs: put each LoRA's A off the inputs that are blocked, and train B alone: no
+            basis of inputs is kept, nothing is projected on that side, and it holds under any
+            optimizer. None does so where the bases would take more than 1 GiB, and says so.
         growth: with a reference, how: the arguments of `Growth` (read, rank, tokenizer, …).
 
     Raises:
@@ -70,6 +76,7 @@ class Guard:
         residual: bool = False,
         indirect: bool = True,
         reference: Reference | Sequence | None = None,
+        freeze_inputs: bool | None = None,
         **growth,
     ):
         if subspaces is None and reference is None:
@@ -84,10 +91,19 @@ class Guard:
         self.growth = None if reference is None else Growth(reference, **growth)
         if subspaces is None and self.growth.read == self.growth.rank == 0:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
+        if freeze_inputs and (self.growth is None or self.growth.read == 0):
+            raise ValueError(
+                "freeze_inputs=True puts A off inputs, but none are blocked; give reference, and "
+                "read above 0"
+            )
         self.wrapped, self.model = model, processes.unwrapped(model)
         self.subspaces, self.optimizer = subspaces, optimizer
         self.residual, self.indirect = residual, indirect
+        self.freeze_inputs = freeze_inputs
+        self.architecture: Architecture | None = None
+        """Of the model, as it was when it was attached."""
         self.guarded: list[Guarded] = []
+        self.frozen: list[Frozen] = []
         self.uncovered: list[str] = []
         """Parameters that began to train after the guard was attached."""
         self.inputs_file: Path | None = None
@@ -111,9 +127,7 @@ class Guard:
         self.detach()
 
     def attach(self, state: Path | str | None = None) -> "Guard":
-        """What entering does; for callers without a `with` block.
-
-        A parameter has one guard: an older one that was left behind on it is detached.
+        """What entering does; a parameter has one guard, so one left behind on it is detached.
 
         Args:
             state: written by `save`, to go on with a run that was cut off. Its optimizer and
@@ -139,19 +153,30 @@ class Guard:
             if state is None:
                 for weight in weights.values():
                     weight.remember()
-            self.guarded = self._match(found, trained, weights)
+            self.architecture = found
+            self.frozen = self._frozen(found, weights, state)
+            self.frozen = self._frozen(found, weights, state)
+            self.guarded = match(
+                found,
+                weights,
+                self._written(found),
+                grows=self.growth is not None and self.growth.rank > 0,
+                reads=self.growth is not None and self.growth.read > 0 and not self.frozen,
+            )
+            if not (self.guarded or self.frozen):
+                raise ValueError(nothing(found))
             self.gradients = Gradients(self.guarded, self.wrapped)
-            held = {id(g.parameter) for g in self.guarded}
+            held = {id(g.parameter) for g in [*self.guarded, *self.frozen]}
             self._named = {n: p for n, p in self.model.named_parameters() if id(p) in held}
-            self._parameters = list(self.model.parameters())
-            self._asked = [p.requires_grad for p in self._parameters]
-            self._watched = {}
             self.uncovered = []
-            checks.tell_open(found, trained, self.guarded)
+            checks.tell_open(found, trained, [*self.guarded, *self.frozen])
             if state is not None:
                 load(self, Path(state), self._known)
             elif self.growth is not None:
-                self.growth.start(self.model, self.guarded)
+                self.growth.start(found, [*self.guarded, *self.frozen])
+            self._parameters = list(self.model.parameters())
+            self._asked = [p.requires_grad for p in self._parameters]
+            self._watched = {}
             checks.tell_held(self.guarded, 0 if self.growth is None else self.growth.rank)
             checks.take_over(self, [t.parameter for t in trained])
             try:
@@ -162,7 +187,7 @@ class Guard:
         return self
 
     def detach(self) -> None:
-        """Remove every hook; the bases and the counts of `leak` stay."""
+        """Remove every hook and let what was frozen train; bases and the counts of `leak` stay."""
         if self._handles and self.growth is not None and self.gradients.came and not self.steps:
             warnings.warn(
                 "gradients came but no step of a torch optimizer was seen, so no basis grew and "
@@ -172,6 +197,8 @@ class Guard:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for f in self.frozen:
+            f.release()
         self.gradients.pending.clear()
         self._forget()
 
@@ -195,7 +222,7 @@ class Guard:
             since training began, a LoRA's update or a weight trained itself.
         """
         self.gradients.count()
-        return {g.name: g.leak() for g in self.guarded}
+        return {g.name: g.leak() for g in [*self.guarded, *self.frozen]}
 
     @set_aside()
     def certificate(self) -> dict:
@@ -211,7 +238,7 @@ class Guard:
         """
         self._check_guarded()
         self.gradients.count()
-        found = certificate(self.guarded, [*self.uncovered, *self.replaced()])
+        found = certificate(self.guarded, self.frozen, [*self.uncovered, *self.replaced()])
         grows = self.growth is not None and self.growth.rank > 0
         found["stepped"] = bool(self.steps) or not (grows and self.gradients.came)
         found["holds"] = found["holds"] and found["stepped"]
@@ -227,8 +254,8 @@ class Guard:
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the guarded parameters are a model's."""
-        there = {id(p) for p in model.parameters()}
-        return bool(self.guarded) and all(id(g.parameter) in there for g in self.guarded)
+        there, held = {id(p) for p in model.parameters()}, [*self.guarded, *self.frozen]
+        return bool(held) and all(id(g.parameter) in there for g in held)
 
     def pin(self) -> None:
         """Hold the weights as they are now: an average of earlier ones, for example, once loaded.
@@ -260,48 +287,26 @@ class Guard:
         return save(self, Path(path))
 
     def _check_guarded(self) -> None:
-        if not self.guarded:
+        if not (self.guarded or self.frozen):
             raise RuntimeError("nothing is guarded yet; attach first")
 
-    def _match(
-        self, found: Architecture, trained: list[Trained], weights: dict[int, Whole]
-    ) -> list[Guarded]:
-        bases: dict[str, Tensor] = {}
-        if self.subspaces is not None:
-            bases = matrix_bases(found, self.subspaces, indirect=self.indirect)
+    def _written(self, found: Architecture) -> dict[str, Tensor]:
+        if self.subspaces is None:
+            return {}
+        return matrix_bases(found, self.subspaces, indirect=self.indirect)
 
-        owners: dict[tuple, Trained] = {}
-
-        def guarded_by(t: Trained, basis: Tensor) -> Guarded:
-            first = owners.setdefault((id(t.parameter), t.holds), t)
-            if first is not t:
-                raise ValueError(
-                    f"{t.name} and {first.name} are one weight, which can't be kept off two bases; "
-                    "untie them, or train one of the two"
-                )
-            return Guarded.of(t, weights[id(t.parameter)], weights.get(id(t.partner)), basis)
-
-        guarded = []
-        for t in trained:
-            grows = self.growth is not None and self.growth.rank > 0 and t.parameter.ndim > 1
-            if t.matrix.name not in bases and not grows:
-                continue
-            size = t.matrix.out_features
-            guarded.append(guarded_by(t, bases.get(t.matrix.name, torch.zeros(size, 0))))
-        if self.growth is not None and self.growth.read > 0:
-            guarded += [guarded_by(t, torch.zeros(t.size, 0)) for t in found.reading()]
-        if not guarded:
-            names = [t.name for t in trained] or found.untracked()
-            raise ValueError(
-                "the guard matches nothing that is trained: "
-                + (
-                    f"only {', '.join(names[:3])} … can be"
-                    if names
-                    else "no parameter requires grad"
-                )
-                + "; train attention and MLP matrices of the blocks that the subspaces name"
-            )
-        return guarded
+    def _frozen(
+        self, found: Architecture, weights: dict[int, Whole], state: Path | str | None
+    ) -> list[Frozen]:
+        if self.growth is None or self.growth.read == 0:
+            return []
+        if state is not None:
+            return frozen_as(found.reading(), weights, Path(state))
+        frozen = frozen_of(found.reading(), weights, self.freeze_inputs)
+        if any(f.asked for f in frozen) and processes.is_wrapped(self.wrapped):
+            checks.refuse_late(self.freeze_inputs)
+            return []
+        return frozen
 
     def _hook(self, found: Architecture) -> None:
         self._handles += self.gradients.hook()
@@ -312,6 +317,7 @@ class Guard:
                     U = self.subspaces[block.index].to(next(block.module.parameters()).device)
                     self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
         partners = [g.trained.partner for g in self.guarded if g.partner]
+        partners += [f.trained.partner for f in self.frozen]
         self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
         if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
             raise ValueError(

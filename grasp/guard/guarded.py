@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import grasp_kernels as gk
+from grasp.bases.spectrum import InputBasis
 from grasp.guard.weights import Whole
 from grasp.model import Trained
 from grasp_kernels.matrices import in_vectors
@@ -45,6 +46,7 @@ class Guarded:
     average: Tensor | None = None  # of the drift gradient
     total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d fp64 on the CPU
     blocked: Tensor | None = None
+    share: float | None = None  # of inputs' energy on held-out prompts, that the basis holds
 
     @classmethod
     def of(cls, trained: Trained, weight: Whole, partner: Whole | None, basis: Tensor) -> "Guarded":
@@ -82,6 +84,11 @@ class Guarded:
         T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
         (C,) = self.weight.summed([U.mT.to(T) @ T if self.left else T @ U.to(T)])
         return C
+
+    def take(self, basis: InputBasis) -> None:
+        """Be kept off what its map takes in."""
+        self.widen(basis.V)
+        self.share = basis.share
 
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""

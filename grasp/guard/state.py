@@ -14,8 +14,10 @@ from safetensors.torch import save as serialised
 from torch import Tensor
 
 from grasp.files import write_bytes
+from grasp.guard.frozen import Frozen
 from grasp.guard.guarded import SAVED, Guarded
 from grasp.guard.weights import Whole
+from grasp.model import Trained
 from grasp_kernels.matrices import in_vectors
 
 if TYPE_CHECKING:
@@ -43,8 +45,14 @@ def save(guard: "Guard", path: Path) -> Path:
     tensors |= {f"start of partner.{g.name}": g.partner.kept for g in others.values()}
     if guard.growth is not None:
         tensors |= guard.growth.state_dict()
-    names = [g.name for g in guard.guarded]
-    about = {"steps": guard.steps, "divergences": guard.divergences, "guarded": names}
+    tensors |= {f"left.{f.name}": f.left for f in guard.frozen}
+    about = {
+        "steps": guard.steps,
+        "divergences": guard.divergences,
+        "guarded": [g.name for g in guard.guarded],
+        "shares": {g.name: g.share for g in guard.guarded},
+        "frozen": {f.name: f.saved() for f in guard.frozen},
+    }
     _save_inputs(guard, _beside(path))
     return write_bytes(path, serialised(tensors, metadata={"grasp_guard": json.dumps(about)}))
 
@@ -56,21 +64,24 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
         ValueError: the file is no guard's, or another's; or the inputs' bases are not beside it and
             what is found anew is not the same.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["grasp_guard"])
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (SafetensorError, KeyError, OSError) as error:
-        raise ValueError(f"{path} is no saved guard ({error})") from error
+    about, tensors = _read(path)
     if odd := {g.name for g in guard.guarded} ^ set(about["guarded"]):
         odd = min(odd)
         raise ValueError(f"{path} is of another guard: {odd} is in one of them only")
     guard.steps = about["steps"]
+    for f in guard.frozen:
+        f.restore(about["frozen"][f.name], tensors[f"left.{f.name}"])
+        if not f.still:
+            raise ValueError(
+                f"{f.name} is not what it was in the run that {path} is of; load the adapter that "
+                "was saved with it before attaching"
+            )
     for g in guard.guarded:
         for weight, key in ((g.weight, "start"), (g.partner, "start of partner")):
             if (kept := tensors.get(f"{key}.{g.name}")) is not None:
                 weight.kept = kept
     for g in guard.guarded:
+        g.share = about["shares"].get(g.name)
         if _is_of_inputs(g):
             g.pinned = g.coefficients(g.weight.start())
             saved = g.saved() | {
@@ -87,7 +98,7 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
         _load_inputs(inputs, _beside(path))
     else:
         with _at_start(weights):
-            guard.growth.start(guard.model, inputs)
+            guard.growth.start(guard.architecture, inputs)
     for g in inputs:
         if (sketch := tensors.get(f"sketch.{g.name}")) is None:
             raise ValueError(f"{path} is of an earlier version of grasp-kernels; start anew")
@@ -98,6 +109,32 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
                 "what it was; put the file back, or use the model and prompts of that run"
             )
     guard.growth.divergences = [tuple(d) for d in about["divergences"]]
+
+
+def frozen_as(reading: Sequence[Trained], weights: dict[int, Whole], path: Path) -> list[Frozen]:
+    """Of what reads inputs, what a saved run had frozen.
+
+    Raises:
+        ValueError: the file is no guard's.
+    """
+    about, _ = _read(path)
+    return [
+        Frozen(t, weights[id(t.parameter)], weights[id(t.partner)], t.parameter.requires_grad)
+        for t in reading
+        if t.name in about["frozen"]
+    ]
+
+
+def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["grasp_guard"])
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, KeyError, OSError) as error:
+        raise ValueError(f"{path} is no saved guard ({error})") from error
+    if "frozen" not in about:
+        raise ValueError(f"{path} is of an earlier version of grasp-kernels; start anew")
+    return about, tensors
 
 
 def _beside(path: Path) -> Path:

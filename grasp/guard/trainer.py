@@ -23,6 +23,7 @@ from grasp import data
 from grasp.bases.subspaces import Subspaces
 from grasp.files import read_json, write_json
 from grasp.guard.certificate import certificate, why
+from grasp.guard.frozen import freeze_early
 from grasp.guard.guard import Guard
 
 STATE = "grasp_guard.safetensors"
@@ -55,7 +56,9 @@ class GraspCallback(TrainerCallback):
         self.training = False
         """Whether `train` has begun and not ended, so that beginning again goes on."""
 
-    def on_init_end(self, args, state, control, **kwargs):
+    def on_init_end(self, args, state, control, model=None, **kwargs):
+        if self.reference is not None and self.options.get("read") != 0 and model is not None:
+            freeze_early(model, self.options.get("freeze_inputs"))
         if (loop := calling()) is not None:
             go_first(self, loop.trainer)
             release_at_the_end(self, loop.trainer)
@@ -81,8 +84,8 @@ class GraspCallback(TrainerCallback):
         )
         if state.global_step > 0:
             self.guard.attach(_saved(args, state, loop))
-        elif self.training and before is not None and before.is_of(model):
-            # Begun again with smaller batches; the weights stay where they had come to.
+        elif before is not None and before.is_of(model) and (self.training or before.frozen):
+            # Begun again with smaller batches, where the weights had come to; or A is frozen.
             with tempfile.TemporaryDirectory() as folder:
                 self.guard.attach(before.save(Path(folder) / STATE))
         else:
@@ -132,7 +135,7 @@ class GraspCallback(TrainerCallback):
     def _measured(self) -> dict[str, float]:
         self.guard.gradients.count()
         uncovered = [*self.guard.uncovered, *self.guard.replaced()]
-        found = certificate(self.guard.guarded, uncovered)
+        found = certificate(self.guard.guarded, self.guard.frozen, uncovered)
         modules = found["modules"].values()
         measured = {
             "grasp/blocked": _mean([m["blocked"] for m in modules]),

@@ -7,6 +7,7 @@ from grasp.model.architecture import (
     Matrix,
     Trained,
     base_name,
+    lora_factors,
     lora_update,
 )
 from grasp.model.loading import adapted, load_adapter, load_model
@@ -27,6 +28,7 @@ __all__ = [
     "inspect",
     "load_adapter",
     "load_model",
+    "lora_factors",
     "lora_update",
     "processes",
     "unfused",

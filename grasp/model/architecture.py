@@ -42,6 +42,10 @@ class Matrix:
     def out_features(self) -> int:
         return out_features(self.base)
 
+    @property
+    def in_features(self) -> int:
+        return in_features(self.base)
+
     def norm(self) -> float:
         """‖W‖ of the pretrained weight; where it is none, from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
         weight = getattr(self.base, "weight", None)
@@ -166,6 +170,16 @@ def lora_update(matrix: Matrix, adapter: str | None = None) -> tuple[Tensor, Ten
     B = [layer.scaling[n] * layer.lora_B[n].weight.detach().float() for n in names]
     A = [layer.lora_A[n].weight.detach().float() for n in names]
     return torch.cat(B, 1), torch.cat(A, 0)
+
+
+def lora_factors(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
+    """The name of each LoRA's A, A and B, of those that have a B that trains."""
+    return [
+        (f"{name}.lora_A.{adapter}", module.lora_A[adapter].weight, B.weight)
+        for name, module in model.named_modules()
+        for adapter, B in getattr(module, "lora_B", {}).items()
+        if isinstance(B, nn.Linear) and B.weight.requires_grad
+    ]
 
 
 def out_features(base: nn.Module) -> int:

@@ -17,6 +17,11 @@ def several() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes and speaks for all."""
+    return not several() or dist.get_rank() == 0
+
+
 def launched() -> bool:
     """Whether several processes were started together, though they may not have met yet."""
     return several() or int(os.environ.get("WORLD_SIZE") or 1) > 1
@@ -44,6 +49,17 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model._orig_mod)
     wrappers = (DistributedDataParallel, DataParallel)
     return unwrapped(model.module) if isinstance(model, wrappers) else model
+
+
+def is_wrapped(model: nn.Module) -> bool:
+    """Whether a wrapper for several processes holds the model."""
+    inner = getattr(model, "_orig_mod", model)
+    return isinstance(inner, DistributedDataParallel) or is_sharded(model)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether each process holds a part of its weights (a DTensor, or a parameter of ZeRO-3)."""
+    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def refuse_sharded(model: nn.Module) -> None:

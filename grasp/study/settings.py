@@ -65,10 +65,14 @@ class Settings:
     and the rivals in `AFTER_PLAIN` start from it."""
     drift_guided: bool = True
     """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
-    read: float = 0.97
-    """Share of the energy of each matrix's inputs on the reference that is blocked."""
+    read: float = 0.95
+    """Share of the energy of each matrix's inputs that is blocked, on prompts held out."""
     read_rank: int | None = None
     """Largest number of directions of inputs for each matrix; None sets no limit."""
+    freeze_inputs: bool | None = None
+    """Put each LoRA's A off these inputs and train B alone; None does so above 1 GiB of bases."""
+    quick: bool | None = None
+    """Look at the reference's own tokens alone; None is quick on a CPU."""
     rank: int = 4
     tokens: int = 96
     batch: int = 8

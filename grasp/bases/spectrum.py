@@ -1,0 +1,170 @@
+"""Which directions hold a share of what a map takes in, judged on prompts that were held out.
+
+    C = Σ x̂ x̂ᵀ [d, d]      x̂ of length 1, on the prompts that are looked at
+    V [d, k]               the leading eigenvectors of C, k the least with
+                           Σ ‖x̂ᵀ V‖² ≥ energy · Σ ‖x̂‖²   over held-out prompts
+    W [d, d − k]           the others: (I − V Vᵀ) = W Wᵀ
+
+k is at most the rank of C, as further directions would be noise, and leaves a sixteenth of the
+space to learn in.
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from grasp_kernels.matrices import in_vectors
+
+HELD = 4096  # inputs of held-out prompts that are kept to judge by
+WIDEST = 4096  # d up to which all eigenvectors are found; above it the last ones, if they will do
+ROOM = 16  # of d one part is always left to learn in
+NOISE = 1e-6  # of the largest eigenvalue: what is below is rounding
+PANELS = 8  # of C are added to one at a time: it is symmetric, so what is above them is left out
+
+
+class Moments:
+    """The inputs of one map: their second moments, and held-out ones as they are.
+
+    Args:
+        width: d.
+        device: where they are added up, fp32.
+    """
+
+    def __init__(self, width: int, device: torch.device | str = "cpu"):
+        self.C = torch.zeros(width, width, device=device)
+        self.count = 0
+        self._held: list[Tensor] = []
+        self._kept = 0
+
+    def add(self, x: Tensor, held: bool) -> None:
+        """Take in rows `[tokens, d]` of any dtype."""
+        x = torch.nn.functional.normalize(x.to(self.C.device).float(), dim=1)
+        if held:
+            x = x[: HELD - self._kept]
+            self._kept += len(x)
+            self._held.append(x)
+            return
+        self.count += len(x)
+        for panel in torch.arange(len(self.C)).tensor_split(PANELS):
+            if len(panel):
+                low, high = int(panel[0]), int(panel[-1]) + 1
+                self.C[low:, low:high].addmm_(x[:, low:].mT, x[:, low:high])
+
+    @property
+    def held(self) -> Tensor | None:
+        """Held-out inputs `[tokens, d]`; None if there are none."""
+        return torch.cat(self._held) if self._kept else None
+
+    def covariance(self) -> Tensor:
+        """C, of which `add` keeps the lower half alone."""
+        return self.C.tril() + self.C.tril(-1).mT
+
+
+@dataclass(frozen=True)
+class InputBasis:
+    """What is blocked of a map's inputs: `V`, or where it is most of the space `W`, the rest."""
+
+    directions: Tensor  # [d, k] or [d, d − k], fp32, orthonormal
+    complement: bool
+    share: float
+    """Of the energy of held-out inputs that V holds, or of those looked at where none are held."""
+    sample: float
+    """Of the energy of the inputs that V was found on."""
+    tokens: int
+
+    @property
+    def rank(self) -> int:
+        d, n = self.directions.shape
+        return d - n if self.complement else n
+
+    @cached_property
+    def V(self) -> Tensor:
+        """`[d, k]`; all that are kept off it share one."""
+        if not self.complement:
+            return self.directions
+        d, m = self.directions.shape
+        whole = torch.linalg.qr(self.directions, mode="complete").Q
+        return in_vectors(whole[:, m:].contiguous())
+
+    def inside(self, T: Tensor) -> Tensor:
+        """T V Vᵀ of `T [n, d]`, in T's dtype."""
+        D = self.directions.to(T)
+        along = T @ D @ D.mT
+        return T - along if self.complement else along
+
+
+def choose(
+    moments: Moments, energy: float, rank: int | None = None, bottom: bool = False
+) -> InputBasis:
+    """The basis of a map's inputs.
+
+    Args:
+        energy: share of held-out inputs' energy that V is to hold, above 0 and below 1.
+        rank: largest k; None sets no limit.
+        bottom: as many directions, but those of the least energy: a control.
+    """
+    C, held, d = moments.covariance(), moments.held, len(moments.C)
+    if C.device.type == "mps":  # which has no eigh
+        C, held = C.cpu(), None if held is None else held.cpu()
+    found = None
+    if d > WIDEST and rank is None and not bottom:
+        found = _last(C, held, energy, moments.count)
+    if found is None:
+        found = _all(C, held, energy, rank, bottom)
+    D, complement = found
+    total = float(C.diagonal().sum())
+    inside = float(((C @ D) * D).sum()) / total if total > 0 else 0.0
+    sample = 1 - inside if complement else inside
+    share = sample
+    if held is not None:
+        along = float((held @ D).square().sum()) / float(held.square().sum())
+        share = 1 - along if complement else along
+    D = in_vectors(D).to(moments.C.device)
+    return InputBasis(D, complement, share, sample, moments.count)
+
+
+def _all(
+    C: Tensor, held: Tensor | None, energy: float, rank: int | None, bottom: bool
+) -> tuple[Tensor, bool]:
+    """V by way of all eigenvectors."""
+    values, vectors = torch.linalg.eigh(C)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    d = len(C)
+    each = values if held is None else (held @ vectors).square().sum(0)
+    total = float(each.sum())
+    k = int((each.double().cumsum(0) < energy * total).sum()) + 1
+    most = int((values > NOISE * values[0]).sum())
+    k = min(k, most, d - -(-d // ROOM), d if rank is None else rank)
+    V = vectors[:, d - k :] if bottom else vectors[:, :k]
+    return torch.linalg.qr(V).Q, False
+
+
+def _last(C: Tensor, held: Tensor | None, energy: float, count: int) -> tuple[Tensor, bool] | None:
+    """W, if V is to be three quarters of the space or more; None if it is less.
+
+    A random subspace, twice through (C + ε)⁻¹ by Cholesky, then Rayleigh-Ritz: what of it C's
+    inverse magnifies most comes first. ε, a thousandth of the mean eigenvalue, keeps it from
+    telling apart what is nearly empty. Source: Halko et al., arXiv:0909.4061, 4.5.
+    """
+    d = len(C)
+    mean = float(C.diagonal().mean())
+    L, failed = torch.linalg.cholesky_ex(C + 1e-3 * mean * torch.eye(d, device=C.device))
+    if bool(failed):
+        return None
+    W = torch.randn(d, d // 4, generator=torch.Generator().manual_seed(0)).to(C)
+    for _ in range(2):
+        W = torch.linalg.qr(torch.cholesky_solve(W, L)).Q
+    values, vectors = torch.linalg.eigh(W.mT @ (C @ W))
+    W = W @ vectors
+    each = values.clamp_min(0) if held is None else (held @ W).square().sum(0)
+    total = C.diagonal().sum() if held is None else held.square().sum()
+    m = max(
+        d - count,
+        -(-d // ROOM),
+        int((each.double().cumsum(0) <= (1 - energy) * float(total)).sum()),
+    )
+    if m >= W.shape[1]:
+        return None
+    return torch.linalg.qr(W[:, :m]).Q, True

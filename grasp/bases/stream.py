@@ -1,0 +1,185 @@
+"""Prompts run through a decoder one block at a time: all that a block takes in is seen at once.
+
+Between two blocks only the hidden states of the prompts are kept. Of a decoder whose blocks can't
+be called one after the other (they share states, or their weights are split over processes) the
+whole of it is run once more for each few blocks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from grasp.model import Block, evaluating, given, processes, unfused
+
+See = Callable[[Tensor, "Batch"], None]
+
+
+@dataclass
+class Batch:
+    """Rows of one length, so that none is padded, all of prompts that are held out or none."""
+
+    ids: Tensor  # [rows, tokens]
+    held: bool
+    hidden: Tensor | None = None  # what the next block takes in
+    calls: list[tuple[tuple, dict]] = field(default_factory=list)  # of each block, all else
+
+
+class _Enough(Exception):
+    """What a forward pass was for is done."""
+
+
+class Stream:
+    """A decoder's blocks, each seen in turn by all batches.
+
+    Args:
+        model: as it is called in training, adapters and all.
+        blocks: of that model, in their order.
+    """
+
+    def __init__(self, model: nn.Module, blocks: Sequence[Block]):
+        self.model, self.blocks = model, list(blocks)
+        self.modules = [block.module for block in self.blocks]
+        self.device = next(model.parameters()).device
+        self._tuples: list[bool] = []
+        self.one_by_one = False
+        """Whether the blocks can be called one after the other."""
+
+    def look(self, rows: Sequence[Tensor]) -> None:
+        """Find out on a few rows `[n, tokens]` whether the blocks can be called one by one.
+
+        Rows of two shapes show whether a block needs what a pass of its own rows left behind.
+        """
+        inputs: list[Tensor] = []
+        outputs: list = []
+        with self._quiet(), ExitStack() as hooks:
+            for module in self.modules:
+                hook = module.register_forward_pre_hook(
+                    lambda m, args, kwargs: inputs.append(given(args, kwargs)), with_kwargs=True
+                )
+                hooks.callback(hook.remove)
+                hook = module.register_forward_hook(lambda m, args, out: outputs.append(out))
+                hooks.callback(hook.remove)
+            self._run(rows[0])
+        self._tuples = [isinstance(out, tuple) for out in outputs]
+        if len(inputs) != len(self.modules) or processes.is_sharded(self.model):
+            return
+        batches = [Batch(ids, False) for ids in rows]
+        batch = batches[0]
+        try:
+            self.begin(batches)
+            with self._quiet():
+                for n, expected in enumerate(inputs):
+                    if not _same(batch.hidden, expected):
+                        return
+                    self._advance(n, batch)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
+            return  # whatever a block misses when it is called alone
+        last = outputs[-1][0] if self._tuples[-1] else outputs[-1]
+        self.one_by_one = _same(batch.hidden, last)
+
+    def begin(self, batches: Sequence[Batch]) -> None:
+        """Bring batches to the first block."""
+        with self._quiet(), self._recording() as calls:
+            for batch in batches:
+                calls.clear()
+                try:
+                    self._run(batch.ids)
+                except _Enough:
+                    pass
+                batch.hidden = given(*calls[0])
+                batch.calls = [_without_first(*call) for call in calls]
+
+    def through(self, n: int, batches: Sequence[Batch], see: dict[int, See]) -> None:
+        """Bring batches through block `n`; hooks by the ids of modules see what these take in."""
+        with self._quiet(), _hooked(see, self.modules[n]) as seen:
+            for batch in batches:
+                seen(batch)
+                self._advance(n, batch)
+
+    def whole(self, batches: Sequence[Batch], see: dict[int, See]) -> None:
+        """Bring batches through all of the model; hooks as in `through`."""
+        with self._quiet(), _hooked(see, self.model) as seen:
+            for batch in batches:
+                seen(batch)
+                self._run(batch.ids)
+
+    def _advance(self, n: int, batch: Batch) -> None:
+        args, kwargs = batch.calls[n]
+        first = next((k for k, v in kwargs.items() if v is _HIDDEN), None)
+        if first is None:
+            out = self.modules[n](batch.hidden, *args, **kwargs)
+        else:
+            out = self.modules[n](*args, **kwargs | {first: batch.hidden})
+        batch.hidden = out[0] if isinstance(out, tuple) else out
+
+    def _run(self, ids: Tensor) -> None:
+        ids = ids.to(self.device)
+        self.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+
+    @contextmanager
+    def _quiet(self) -> Iterator[None]:
+        with evaluating(self.model), unfused(self.model), torch.no_grad():
+            yield
+
+    @contextmanager
+    def _recording(self) -> Iterator[list]:
+        """Blocks hand on what they are given and are noted with their calls, up to the last."""
+        calls: list[tuple[tuple, dict]] = []
+        bound = [vars(module).get("forward") for module in self.modules]
+
+        def recorder(is_tuple: bool):
+            def forward(*args, **kwargs):
+                calls.append((args, kwargs))
+                if len(calls) == len(self.modules):
+                    raise _Enough
+                x = given(args, kwargs)
+                return (x,) if is_tuple else x
+
+            return forward
+
+        for module, is_tuple in zip(self.modules, self._tuples, strict=True):
+            module.forward = recorder(is_tuple)
+        try:
+            yield calls
+        finally:
+            for module, forward in zip(self.modules, bound, strict=True):
+                del module.forward
+                if forward is not None:
+                    module.forward = forward
+
+
+_HIDDEN = object()
+
+
+def _without_first(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """A call without the hidden states, which come first, by position or by name."""
+    if args:
+        return args[1:], kwargs
+    return args, kwargs | {next(iter(kwargs)): _HIDDEN}
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    room = 10 * torch.finfo(b.dtype).eps
+    return a.shape == b.shape and bool((a - b).norm() <= room * b.norm())
+
+
+@contextmanager
+def _hooked(see: dict[int, See], module: nn.Module) -> Iterator[Callable[[Batch], None]]:
+    """Hooks on the maps inside a module, each told what its map takes in, and of which batch."""
+    now: list[Batch] = []
+
+    def hook_of(call: See):
+        def hook(m, args, kwargs):
+            call(given(args, kwargs), now[0])
+
+        return hook
+
+    with ExitStack() as hooks:
+        for m in module.modules():
+            if id(m) in see:
+                handle = m.register_forward_pre_hook(hook_of(see[id(m)]), with_kwargs=True)
+                hooks.callback(handle.remove)
+        yield lambda batch: now.__setitem__(slice(None), [batch])

@@ -1,0 +1,237 @@
+"""A LoRA's A put off what its map takes in, and not trained: nothing is left to hold.
+
+    A ← A (I − V Vᵀ)      ⇒      ΔW V = B A V = 0, whatever becomes of B
+
+under any optimizer, in any number of processes, and V need not be kept. Of A V, which rounding
+leaves, the Gram matrix is: with it ‖ΔW V‖² = tr(B (A V)(A V)ᵀ Bᵀ) for any B.
+"""
+
+import hashlib
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from grasp.bases.inputs import input_bases
+from grasp.bases.spectrum import InputBasis
+from grasp.data import IGNORED, draw
+from grasp.guard.weights import Whole
+from grasp.model import Trained, inspect, lora_factors
+
+LARGE = 2**30  # bytes of bases of inputs above which A is frozen, if nothing else is said
+FILLED = 0.7  # of d: how many directions a basis has, about, with the default read
+
+
+@dataclass
+class Frozen:
+    """A LoRA's A that does not train, with what is known of it."""
+
+    trained: Trained  # the A, that holds inputs
+    weight: Whole
+    partner: Whole  # the B
+    asked: bool  # whether it asked for gradients before
+    rank: int = 0
+    share: float | None = None
+    """Of the energy of its map's inputs on held-out prompts, what V holds."""
+    left: Tensor | None = None
+    """(A V)(A V)ᵀ `[r, r]` fp64."""
+    size: float = 0.0
+    """‖A V‖ / ‖A‖ before A was put off V."""
+    digest: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.trained.name
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        return self.trained.parameter
+
+    def take(self, basis: InputBasis) -> None:
+        """Put A off a basis, and freeze it."""
+        A = self.weight.local
+        with torch.no_grad():
+            exact = _exact(A)
+            inside = basis.inside(exact)
+            self.size = float(inside.norm() / exact.norm())
+            for _ in range(2):  # V is orthonormal to rounding alone, and little may be left of A
+                exact = exact - basis.inside(exact)
+            A.copy_(exact)
+            left = basis.inside(_exact(A))
+        self.left = (left @ left.mT).cpu()
+        self.rank, self.share = basis.rank, basis.share
+        self.freeze()
+        self.digest = self.digested()
+
+    def freeze(self) -> None:
+        """Take A out of training; an optimizer passes over what has no gradient."""
+        self.parameter.requires_grad_(False)
+        self.parameter.grad = None
+
+    def release(self) -> None:
+        """Let A train again, if it did."""
+        self.parameter.requires_grad_(self.asked)
+
+    def digested(self) -> str:
+        """SHA-256 of A's bytes."""
+        A = self.weight.local.detach().cpu().contiguous()
+        return hashlib.sha256(A.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
+
+    @property
+    def still(self) -> bool:
+        """Whether A is bit for bit what it was when it was put off V."""
+        return self.digested() == self.digest
+
+    def leak(self) -> dict[str, float]:
+        """As of what is tracked; no gradient comes, so none is blocked."""
+        return {"rank": self.rank, "blocked": 0.0, "through": self.through()}
+
+    def through(self) -> float:
+        """‖ΔW V‖ / ‖ΔW‖."""
+        A, B = _exact(self.weight.local), _exact(self.partner.local)
+        inner = (B.mT @ B).cpu()
+        size = float((inner * (A @ A.mT).cpu()).sum().clamp_min(0).sqrt())
+        inside = float((inner * self.left).sum().clamp_min(0).sqrt())
+        return inside / size if size else inside
+
+    def saved(self) -> dict:
+        """What a resumed run must not make anew, but for `left`."""
+        return {"rank": self.rank, "share": self.share, "size": self.size, "digest": self.digest}
+
+    def restore(self, saved: dict, left: Tensor) -> None:
+        """Take back what `saved` gave."""
+        self.rank, self.share, self.size = saved["rank"], saved["share"], saved["size"]
+        self.digest, self.left = saved["digest"], left
+        self.freeze()
+
+
+def frozen_of(
+    reading: Sequence[Trained], weights: dict[int, Whole], freeze: bool | None
+) -> list[Frozen]:
+    """Of what reads inputs, what is to be frozen.
+
+    Args:
+        reading: parameters that are kept off inputs.
+        weights: all that are trained, by the ids of parameters.
+        freeze: what was asked for; None leaves it to how large the bases would be.
+
+    Raises:
+        ValueError: freezing was asked for, and one is no LoRA whose B is 0.
+    """
+    for t in reading:
+        fresh = t.partner is not None and not bool(t.partner.detach().any())
+        if not fresh and freeze:
+            raise ValueError(
+                f"freeze_inputs=True, but {t.name} "
+                + (
+                    "is no LoRA's A"
+                    if t.partner is None
+                    else "goes on from an adapter that learned"
+                )
+                + "; train a fresh LoRA, or leave freeze_inputs out"
+            )
+        if not fresh:
+            return []
+    already = all(not t.parameter.requires_grad for t in reading)
+    if not (already and freeze is not False) and not _wanted(
+        freeze, [(t.name, t.size) for t in reading]
+    ):
+        return []
+    return [
+        Frozen(t, weights[id(t.parameter)], weights[id(t.partner)], t.parameter.requires_grad)
+        for t in reading
+    ]
+
+
+def bytes_of(inputs: Iterable[tuple[str, int]]) -> int:
+    """How much bases of inputs will take, about.
+
+    Args:
+        inputs: names of LoRA factors, as `block.0.attention.q.lora_A.default`, and d of each; maps
+            side by side take in the same.
+    """
+    distinct = {(name.partition(".lora_A")[0].rpartition(".")[0], d) for name, d in inputs}
+    return int(sum(4 * FILLED * d * d for _, d in distinct))
+
+
+def init_lora_null(
+    model: nn.Module,
+    prompts: Sequence,
+    tokenizer=None,
+    *,
+    read: float = 0.95,
+    read_rank: int | None = None,
+    tokens: int = 96,
+    quick: bool | None = None,
+    seed: int = 0,
+) -> dict[str, dict]:
+    """Put each LoRA's A off what its map takes in on unrelated prompts, and freeze it.
+
+        A ← A (I − V Vᵀ)      ⇒      ΔW V = B A V = 0
+
+    It is all that a guard does on the side of inputs: train B in any way afterwards.
+
+    Args:
+        model: with a LoRA whose B is 0.
+        prompts, tokenizer, tokens, seed: as `Reference`.
+        read, read_rank, quick: as `Guard`.
+
+    Returns:
+        By the names of the A: `rank`, k of V; `share`, of the energy of inputs on held-out prompts
+        what V holds; `before`, ‖A V‖ / ‖A‖ until now.
+
+    Raises:
+        ValueError: no LoRA, one that has learned, prompts that can't be read, or `read` outside 0
+            to 1.
+    """
+    if not 0 < read < 1:
+        raise ValueError(f"read is {read}; give a share above 0 and below 1, such as 0.95")
+    found = inspect(model)
+    reading = found.reading()
+    weights = {id(t.parameter): Whole(t) for t in [*found.trained(), *reading]}
+    frozen = frozen_of(reading, weights, True)
+    if not frozen:
+        raise ValueError("model has no LoRA that trains; add one first (peft.get_peft_model)")
+    drawn = draw(model, prompts, tokenizer, tokens=tokens, seed=seed)
+    rows = [(tuple(ids[: labels.count(IGNORED)]), ids) for ids, labels in drawn]
+    of = {f.trained.matrix.name: [] for f in frozen}
+    for f in frozen:
+        of[f.trained.matrix.name].append(f)
+    matrices = list({f.trained.matrix.name: f.trained.matrix for f in frozen}.values())
+    for names, basis in input_bases(found, matrices, rows, read, read_rank, quick=quick):
+        for f in (f for name in names for f in of[name]):
+            f.take(basis)
+    return {f.name: {"rank": f.rank, "share": f.share, "before": f.size} for f in frozen}
+
+
+def freeze_early(model: nn.Module, freeze: bool | None) -> None:
+    """Freeze each LoRA's A before a trainer wraps the model, if `frozen_of` is to.
+
+    A wrapper for several processes waits for gradients of all that asks for them when it is made.
+    """
+    factors = lora_factors(model)
+    fresh = all(B.is_meta or not bool(B.detach().any()) for _, _, B in factors)
+    if fresh and _wanted(freeze, [(name, A.shape[-1]) for name, A, _ in factors]):
+        for _, A, _ in factors:
+            A.requires_grad_(False)
+
+
+def _wanted(freeze: bool | None, inputs: Sequence[tuple[str, int]]) -> bool:
+    """Whether A is to be frozen; if nobody said so but for the bases' size, that is told."""
+    size = bytes_of(inputs)
+    if freeze is not None or size <= LARGE:
+        return bool(freeze)
+    warnings.warn(
+        f"bases of inputs would take about {size / 2**30:.1f} GiB, so each LoRA's A is put off the "
+        "inputs that are blocked and B alone trains; such a LoRA wants a larger r and a higher "
+        "learning rate. To train A too give freeze_inputs=False",
+        stacklevel=5,
+    )
+    return True
+
+
+def _exact(T: Tensor) -> Tensor:
+    T = T.detach()
+    return (T.cpu() if T.device.type == "mps" else T).double()  # MPS has no fp64
