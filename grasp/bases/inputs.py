@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from grasp.data import Reference
-from grasp.model import Matrix, evaluating, given, unfused
+from grasp.model import Matrix, evaluating, unfused
 from grasp_kernels.matrices import in_vectors
 
 TOKENS = 8192  # of the reference are looked at, drawn at random, where it has more
+FEW = 32  # tokens: an expert that fewer are routed to is looked at as if it got all
 BUDGET = 2**32  # bytes of inputs held at a time; the forward passes are done again for the rest
 LARGE = 2**30  # bytes of bases above which their size is told, before memory runs out
 
@@ -58,6 +59,7 @@ def input_bases(
             before, taken = taken, taken + bases[name].nbytes
             if before <= LARGE < taken:
                 _tell(taken, len(bases), len(inputs.owners))
+    _tell_few(inputs.few)
     return {m.name: bases[inputs.owner[m.name]] for m in matrices}
 
 
@@ -68,6 +70,17 @@ def _tell(taken: int, done: int, total: int) -> None:
         "read_rank, the most directions of each, or a smaller read",
         stacklevel=2,
     )
+
+
+def _tell_few(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"fewer than {FEW} tokens of the reference reach {len(names)} matrices of experts "
+            f"({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), so these are kept off "
+            "what they would take in if all tokens reached them; give more prompts, or longer "
+            "continuations (tokens)",
+            stacklevel=2,
+        )
 
 
 def _leading(X: Tensor, energy: float, rank: int | None, bottom: bool = False) -> Tensor:
@@ -97,43 +110,48 @@ class _Inputs:
         self.owner: dict[str, str] = {}
         """The first matrix that took in the same tensor."""
         self.width: dict[str, int] = {}
+        self.few: list[str] = []
+        """Experts that were looked at as if all tokens reached them."""
         self._last: tuple[Tensor, str] | None = None
         self._run({m.name: self._own(m.name) for m in matrices}, batches=1)
         self.owners = list(dict.fromkeys(self.owner.values()))
 
     def collect(self, names: Sequence[str]) -> dict[str, Tensor]:
         """`[tokens, d_in]` of each, fp32, on the model's device."""
+        kept = self._kept(names, routed=True)
+        experts = {m.name for m in self.matrices if m.index is not None}
+        few = [name for name in names if name in experts and len(kept[name]) < FEW]
+        self.few += few
+        return kept | (self._kept(few, routed=False) if few else {})
+
+    def _kept(self, names: Sequence[str], routed: bool) -> dict[str, Tensor]:
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
 
         def keep(name: str):
-            def hook(module, args, kwargs):
-                x = given(args, kwargs).detach()
-                x = x.reshape(-1, x.shape[-1])  # some flatten tokens, some see a few of them
-                x = x[self._chosen] if len(x) == len(self._chosen) else x
-                x = x.float()
-                kept[name].append(nn.functional.normalize(x, dim=1))
+            def hear(x: Tensor, tokens: Tensor | None) -> None:
+                x = x.detach().reshape(-1, x.shape[-1])  # some flatten tokens, some see a few
+                if tokens is not None:
+                    x = x[self._chosen[tokens]]
+                elif len(x) == len(self._chosen):
+                    x = x[self._chosen]
+                kept[name].append(nn.functional.normalize(x.float(), dim=1))
 
-            return hook
+            return hear
 
-        self._run({name: keep(name) for name in names})
+        self._run({name: keep(name) for name in names}, routed=routed)
         return {name: torch.cat(rows) for name, rows in kept.items()}
 
     def _own(self, name: str):
-        def hook(module, args, kwargs):
-            x = given(args, kwargs)
+        def hear(x: Tensor, tokens: Tensor | None) -> None:
             if self._last is None or x is not self._last[0]:
                 self._last = x, name
             self.owner[name] = self._last[1]
             self.width[name] = x.shape[-1]
 
-        return hook
+        return hear
 
-    def _run(self, hooks: dict, batches: int | None = None) -> None:
-        handles = [
-            m.module.register_forward_pre_hook(hooks[m.name], with_kwargs=True)
-            for m in self.matrices
-            if m.name in hooks
-        ]
+    def _run(self, hooks: dict, batches: int | None = None, routed: bool = True) -> None:
+        handles = [m.watch(hooks[m.name], routed) for m in self.matrices if m.name in hooks]
         device = next(self.model.parameters()).device
         seen = 0
         try:

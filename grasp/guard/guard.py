@@ -133,7 +133,7 @@ class Guard:
             trained = found.trained()
             checks.refuse_rounded(trained)
             checks.refuse_dead_ends(found)
-            weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
+            weights = {t.key: Whole(t) for t in [*trained, *found.reading()]}
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None
             if state is None:
@@ -264,7 +264,7 @@ class Guard:
             raise RuntimeError("nothing is guarded yet; attach first")
 
     def _match(
-        self, found: Architecture, trained: list[Trained], weights: dict[int, Whole]
+        self, found: Architecture, trained: list[Trained], weights: dict[tuple, Whole]
     ) -> list[Guarded]:
         bases: dict[str, Tensor] = {}
         if self.subspaces is not None:
@@ -273,13 +273,13 @@ class Guard:
         owners: dict[tuple, Trained] = {}
 
         def guarded_by(t: Trained, basis: Tensor) -> Guarded:
-            first = owners.setdefault((id(t.parameter), t.holds), t)
+            first = owners.setdefault((*t.key, t.holds), t)
             if first is not t:
                 raise ValueError(
                     f"{t.name} and {first.name} are one weight, which can't be kept off two bases; "
                     "untie them, or train one of the two"
                 )
-            return Guarded.of(t, weights[id(t.parameter)], weights.get(id(t.partner)), basis)
+            return Guarded.of(t, weights[t.key], weights.get(t.partner_key), basis)
 
         guarded = []
         for t in trained:
