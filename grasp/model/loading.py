@@ -56,6 +56,7 @@ def load_model(
             del model.config.quantization_config
         if quantised:
             model = _loaded_again(model, dtype=dtype, **quantised)
+        model.name_or_path = name  # PEFT writes it into adapters; the folder alone does not load
     model.config._name_or_path = name
     return model.eval(), tokenizer
 
