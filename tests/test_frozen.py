@@ -162,7 +162,9 @@ def test_frozen_where_bases_would_be_large_and_says_so(monkeypatch):
 def test_the_size_of_bases_is_foreseen():
     model = lora()
     with Guard(model, freeze_inputs=False, **OPTIONS | {"read": 0.8}) as guard:
-        reading = [(g.name, g.trained.size) for g in guard.guarded if g.trained.holds == "inputs"]
+        reading = [
+            (g.name, g.trained.size, 1) for g in guard.guarded if g.trained.holds == "inputs"
+        ]
         own = {g.basis.data_ptr(): g.basis.nbytes for g in guard.guarded if "lora_A" in g.name}
     assert 0.5 < frozen.bytes_of(reading) / sum(own.values()) < 2
 

@@ -152,8 +152,7 @@ def test_a_decoder_whose_blocks_share_states_is_run_whole(monkeypatch):
     layers[1].register_forward_pre_hook(lambda m, args: (args[0] + 0.1 * first["x"], *args[1:]))
     stream = Stream(model, inspect(model).blocks)
     stream.look([torch.tensor([PROMPTS[0]]), torch.tensor(PROMPTS[1:3])[:, :4]])
-    stream.through(0, [], {})
-    model.eval()
+    assert not stream.one_by_one
     found = bases(model, reference)
     name = "model.layers.1.mlp.gate_proj"
     assert (

@@ -215,7 +215,7 @@ class Growth:
             gradients = torch.autograd.grad(divergence, parameters, allow_unused=True)
         for g, D in zip(growing, gradients, strict=True):
             if D is not None and bool(D.isfinite().all()):
-                D = D.float()
+                D = g.trained.of(D).float()
                 g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
 
     def _divergence(self, model: nn.Module, step: int) -> Tensor:

@@ -25,9 +25,10 @@ HELD_OUT = 5  # of so many prompts one is held out
 PER_WIDTH = 8  # tokens looked at for each dimension of the widest input, where it takes so many
 STABLE = 0.02  # of the energy: how much less V may hold of held-out inputs than of those seen
 SHORT = 0.01  # of the energy: how much less than asked a basis may hold before it is told
+FEW = 32  # tokens: an expert that fewer are routed to is looked at as if it got all
 SILENT = 5  # seconds before a bar shows
 ROWS = 16  # run side by side
-BUDGET = 2**30  # bytes of moments at a time, where blocks can't be run one by one
+BUDGET = 2**30  # bytes of moments at a time
 
 
 class Tokens:
@@ -109,17 +110,17 @@ def input_bases(
     stream = Stream(found.model, found.blocks)
     stream.look([batch.ids[: n + 1] for n, batch in enumerate(tokens.batches[:2])])
     owner = _owners(stream, matrices, tokens.batches[0])
-    if stream.one_by_one:
-        stream.begin(tokens.batches)
     short: list[str] = []
+    few: list[str] = []
     stages = list(_stages(stream, matrices, owner))
     bar = {"desc": "what the model takes in", "unit": "block", "leave": False, "delay": SILENT}
     for n, owners in tqdm(stages, disable=not processes.is_first(), **bar):
-        for name, basis in _look(stream, n, owners, tokens, (energy, rank, bottom)):
+        for name, basis in _look(stream, n, owners, tokens, (energy, rank, bottom), few):
             if basis.share < energy - SHORT and rank is None and not bottom:
                 short.append(f"{name} ({basis.share:.2f})")
             yield [m.name for m in matrices if owner[m.name] == name], basis
     _tell(short, len(set(owner.values())), energy)
+    _tell_few(few)
 
 
 def _owners(stream: Stream, matrices: Sequence[Matrix], batch: Batch) -> dict[str, str]:
@@ -135,7 +136,8 @@ def _owners(stream: Stream, matrices: Sequence[Matrix], batch: Batch) -> dict[st
 
         return call
 
-    stream.whole([Batch(batch.ids[:1], False)], {id(m.module): note(m.name) for m in matrices})
+    one = Batch(batch.ids[:1], False)
+    stream.whole([one], [(m, note(m.name), True) for m in matrices])
     return owner
 
 
@@ -147,42 +149,66 @@ def _stages(
     if stream.one_by_one:
         for n, block in enumerate(stream.blocks):
             own = {id(m) for m in block.matrices}
-            yield n, [m for m in owners if id(m) in own]
+            for chosen in _within_budget([m for m in owners if id(m) in own]):
+                yield n, chosen
         inside = {id(m) for block in stream.blocks for m in block.matrices}
         owners = [m for m in owners if id(m) not in inside]
+    for chosen in _within_budget(owners):
+        yield None, chosen
+
+
+def _within_budget(owners: list[Matrix]) -> Iterator[list[Matrix]]:
     while owners:
         size, chosen = 0, []
         while owners and (not chosen or size + 4 * owners[0].in_features ** 2 <= BUDGET):
             size += 4 * owners[0].in_features ** 2
             chosen.append(owners.pop(0))
-        yield None, chosen
+        yield chosen
 
 
 def _look(
-    stream: Stream, n: int | None, owners: Sequence[Matrix], tokens: Tokens, options: tuple
+    stream: Stream,
+    n: int | None,
+    owners: Sequence[Matrix],
+    tokens: Tokens,
+    options: tuple,
+    few: list[str],
 ) -> Iterator[tuple[str, InputBasis]]:
     """The bases of some matrices' inputs, from as many tokens as they need."""
     moments = {m.name: Moments(m.in_features, stream.device) for m in owners}
-    see = {
-        id(m.module): lambda x, batch, own=moments[m.name]: own.add(
-            x.reshape(-1, x.shape[-1]), batch.held
-        )
-        for m in owners
-    }
     fresh = tokens.batches
     while True:
-        if n is None:
-            stream.whole(fresh, see)
-        else:
-            stream.through(n, fresh, see)
+        _add(stream, n, owners, fresh, moments)
         bases = {name: choose(own, *options) for name, own in moments.items()}
         if all(map(_is_stable, bases.values())) or not (fresh := tokens.more()):
             break
-        if n is not None:
-            stream.begin(fresh)
-            for before in range(n):
-                stream.through(before, fresh, {})
-    yield from bases.items()
+    seldom = [m for m in owners if m.index is not None and moments[m.name].count < FEW]
+    few += [m.name for m in seldom]
+    again = {m.name: Moments(m.in_features, stream.device) for m in seldom}
+    _add(stream, n, seldom, tokens.batches, again, routed=False)
+    yield from (bases | {name: choose(own, *options) for name, own in again.items()}).items()
+
+
+def _add(
+    stream: Stream,
+    n: int | None,
+    owners: Sequence[Matrix],
+    batches: Sequence[Batch],
+    moments: dict[str, Moments],
+    routed: bool = True,
+) -> None:
+    """Add what matrices take in of some batches; of an expert that all get, if not `routed`."""
+
+    def see(own: Moments) -> Callable:
+        return lambda x, batch: own.add(x.reshape(-1, x.shape[-1]), batch.held)
+
+    if not owners:
+        return
+    watched = [(m, see(moments[m.name]), routed) for m in owners]
+    if n is None:
+        stream.whole(batches, watched)
+    else:
+        stream.through(n, batches, watched)
 
 
 def _is_stable(basis: InputBasis) -> bool:
@@ -196,5 +222,16 @@ def _tell(short: Sequence[str], inputs: int, energy: float) -> None:
             f"on held-out prompts the bases of {len(short)} of {inputs} inputs hold less than "
             f"read={energy}: {', '.join(short[:3])}{' …' if len(short) > 3 else ''}; give more "
             "prompts, or quick=False to draw more from them",
+            stacklevel=2,
+        )
+
+
+def _tell_few(names: Sequence[str]) -> None:
+    if names:
+        warnings.warn(
+            f"fewer than {FEW} tokens of the reference reach {len(names)} matrices of experts "
+            f"({', '.join(names[:4])}{', …' if len(names) > 4 else ''}), so these are kept off "
+            "what they would take in if all tokens reached them; give more prompts, or longer "
+            "continuations (tokens)",
             stacklevel=2,
         )

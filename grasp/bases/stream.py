@@ -6,15 +6,16 @@ whole of it is run once more for each few blocks.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from grasp.model import Block, evaluating, given, processes, unfused
+from grasp.model import Block, Matrix, evaluating, given, processes, unfused
 
 See = Callable[[Tensor, "Batch"], None]
+Watched = tuple[Matrix, See, bool]  # what it takes in is shown; of an expert, only what it is sent
 
 
 @dataclass
@@ -23,7 +24,9 @@ class Batch:
 
     ids: Tensor  # [rows, tokens]
     held: bool
-    hidden: Tensor | None = None  # what the next block takes in
+    at: int = -1  # the block that comes next; -1 before it is brought to the first
+    hidden: Tensor | None = None  # what that block takes in
+    before: Tensor | None = None  # what the last one took in
     calls: list[tuple[tuple, dict]] = field(default_factory=list)  # of each block, all else
 
 
@@ -69,51 +72,59 @@ class Stream:
         batches = [Batch(ids, False) for ids in rows]
         batch = batches[0]
         try:
-            self.begin(batches)
             with self._quiet():
-                for n, expected in enumerate(inputs):
+                self._begin(batches)
+                for expected in inputs:
                     if not _same(batch.hidden, expected):
                         return
-                    self._advance(n, batch)
+                    self._advance(batch)
         except (TypeError, ValueError, RuntimeError, IndexError, AttributeError):
             return  # whatever a block misses when it is called alone
         last = outputs[-1][0] if self._tuples[-1] else outputs[-1]
         self.one_by_one = _same(batch.hidden, last)
 
-    def begin(self, batches: Sequence[Batch]) -> None:
-        """Bring batches to the first block."""
-        with self._quiet(), self._recording() as calls:
+    def through(self, n: int, batches: Sequence[Batch], watched: Sequence[Watched]) -> None:
+        """Bring batches through block `n`, from wherever they are, or through it once more."""
+        with self._quiet():
+            fresh = [batch for batch in batches if batch.at < 0]
+            self._begin(fresh)
             for batch in batches:
-                calls.clear()
-                try:
-                    self._run(batch.ids)
-                except _Enough:
-                    pass
-                batch.hidden = given(*calls[0])
-                batch.calls = [_without_first(*call) for call in calls]
+                while batch.at < n:
+                    self._advance(batch)
+            with _hearing(watched) as now:
+                for batch in batches:
+                    now(batch)
+                    if batch.at > n:
+                        batch.at, batch.hidden = n, batch.before
+                    self._advance(batch)
 
-    def through(self, n: int, batches: Sequence[Batch], see: dict[int, See]) -> None:
-        """Bring batches through block `n`; hooks by the ids of modules see what these take in."""
-        with self._quiet(), _hooked(see, self.modules[n]) as seen:
+    def whole(self, batches: Sequence[Batch], watched: Sequence[Watched]) -> None:
+        """Bring batches through all of the model."""
+        with self._quiet(), _hearing(watched) as now:
             for batch in batches:
-                seen(batch)
-                self._advance(n, batch)
-
-    def whole(self, batches: Sequence[Batch], see: dict[int, See]) -> None:
-        """Bring batches through all of the model; hooks as in `through`."""
-        with self._quiet(), _hooked(see, self.model) as seen:
-            for batch in batches:
-                seen(batch)
+                now(batch)
                 self._run(batch.ids)
 
-    def _advance(self, n: int, batch: Batch) -> None:
-        args, kwargs = batch.calls[n]
+    def _begin(self, batches: Sequence[Batch]) -> None:
+        """Bring batches to the first block."""
+        with self._recording() as calls:
+            for batch in batches:
+                calls.clear()
+                with suppress(_Enough):
+                    self._run(batch.ids)
+                batch.at, batch.hidden = 0, given(*calls[0])
+                batch.calls = [_without_first(*call) for call in calls]
+
+    def _advance(self, batch: Batch) -> None:
+        args, kwargs = batch.calls[batch.at]
         first = next((k for k, v in kwargs.items() if v is _HIDDEN), None)
+        module = self.modules[batch.at]
         if first is None:
-            out = self.modules[n](batch.hidden, *args, **kwargs)
+            out = module(batch.hidden, *args, **kwargs)
         else:
-            out = self.modules[n](*args, **kwargs | {first: batch.hidden})
-        batch.hidden = out[0] if isinstance(out, tuple) else out
+            out = module(*args, **kwargs | {first: batch.hidden})
+        batch.before, batch.hidden = batch.hidden, out[0] if isinstance(out, tuple) else out
+        batch.at += 1
 
     def _run(self, ids: Tensor) -> None:
         ids = ids.to(self.device)
@@ -167,19 +178,17 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 @contextmanager
-def _hooked(see: dict[int, See], module: nn.Module) -> Iterator[Callable[[Batch], None]]:
-    """Hooks on the maps inside a module, each told what its map takes in, and of which batch."""
+def _hearing(watched: Sequence[Watched]) -> Iterator[Callable[[Batch], None]]:
+    """Hear of what maps take in; what is given tells of which batch from now on."""
     now: list[Batch] = []
 
-    def hook_of(call: See):
-        def hook(m, args, kwargs):
-            call(given(args, kwargs), now[0])
+    def hear_of(call: See):
+        def hear(x: Tensor, tokens: Tensor | None) -> None:
+            call(x, now[0])
 
-        return hook
+        return hear
 
-    with ExitStack() as hooks:
-        for m in module.modules():
-            if id(m) in see:
-                handle = m.register_forward_pre_hook(hook_of(see[id(m)]), with_kwargs=True)
-                hooks.callback(handle.remove)
+    with ExitStack() as handles:
+        for matrix, call, routed in watched:
+            handles.callback(matrix.watch(hear_of(call), routed).remove)
         yield lambda batch: now.__setitem__(slice(None), [batch])

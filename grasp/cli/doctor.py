@@ -36,6 +36,7 @@ def doctor(
         "trl",
         "accelerate",
         "gguf",
+        "bitsandbytes",
     )
     device = "cuda" if torch.cuda.is_available() else "cpu"
     about: dict[str, Any] = {"python": platform.python_version()}

@@ -28,6 +28,13 @@ def evaluate(
         str | None, typer.Option(help="Model, or URL of an OpenAI-compatible endpoint up to /v1.")
     ] = None,
     judge_model: Annotated[str, typer.Option(help="Its name at the endpoint.")] = "",
+    dtype: Annotated[str, typer.Option(help="Of the model's weights.")] = "float32",
+    load_in_4bit: Annotated[
+        bool, typer.Option("--load-in-4bit", help="The model in nf4, as an adapter was trained.")
+    ] = False,
+    load_in_8bit: Annotated[
+        bool, typer.Option("--load-in-8bit", help="The model in int8, as an adapter was trained.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
 ) -> None:
     """Score a model on unrelated topics; with an adapter, its shift from the base model.
@@ -40,7 +47,9 @@ def evaluate(
     from grasp.study import evaluation_files as files
     from grasp.study.evaluate import evaluate as measure
     from grasp.study.evaluate import interval, judged, multiple_choice
+    from grasp.study.settings import weights_of
 
+    weights = weights_of(dtype, load_in_4bit, load_in_8bit)
     if adapter is not None and not (adapter / "adapter_config.json").exists():
         raise FileNotFoundError(f"no adapter in {adapter} (adapter_config.json is not there)")
     pairs = {"unrelated": files.read_unrelated(unrelated)}
@@ -48,7 +57,7 @@ def evaluate(
     statements = {"propositions": files.read_propositions(propositions)} if propositions else {}
     questions = files.read_choices(choices) if choices else []
     mark = _judge(judge, judge_model) if judge else None
-    base, tokenizer = load_model(model)
+    base, tokenizer = load_model(model, **weights)
 
     def scored(chosen) -> dict[str, list[float]]:
         found = measure(chosen, tokenizer, pairs, statements)

@@ -108,20 +108,20 @@ class Frozen:
 
 
 def frozen_of(
-    reading: Sequence[Trained], weights: dict[int, Whole], freeze: bool | None
+    reading: Sequence[Trained], weights: dict[tuple, Whole], freeze: bool | None
 ) -> list[Frozen]:
     """Of what reads inputs, what is to be frozen.
 
     Args:
         reading: parameters that are kept off inputs.
-        weights: all that are trained, by the ids of parameters.
+        weights: all that are trained, by their keys.
         freeze: what was asked for; None leaves it to how large the bases would be.
 
     Raises:
         ValueError: freezing was asked for, and one is no LoRA whose B is 0.
     """
     for t in reading:
-        fresh = t.partner is not None and not bool(t.partner.detach().any())
+        fresh = t.partner is not None and not bool(t.zero_factor.detach().any())
         if not fresh and freeze:
             raise ValueError(
                 f"freeze_inputs=True, but {t.name} "
@@ -136,24 +136,28 @@ def frozen_of(
             return []
     already = all(not t.parameter.requires_grad for t in reading)
     if not (already and freeze is not False) and not _wanted(
-        freeze, [(t.name, t.size) for t in reading]
+        freeze, [(t.name, t.size, 1) for t in reading]
     ):
         return []
     return [
-        Frozen(t, weights[id(t.parameter)], weights[id(t.partner)], t.parameter.requires_grad)
+        Frozen(t, weights[t.key], weights[t.partner_key], t.parameter.requires_grad)
         for t in reading
     ]
 
 
-def bytes_of(inputs: Iterable[tuple[str, int]]) -> int:
+def bytes_of(inputs: Iterable[tuple[str, int, int]]) -> int:
     """How much bases of inputs will take, about.
 
     Args:
-        inputs: names of LoRA factors, as `block.0.attention.q.lora_A.default`, and d of each; maps
-            side by side take in the same.
+        inputs: the name of each LoRA's A, as `block.0.attention.q.lora_A.default`, d, and how many
+            experts it is of. Maps side by side take in the same, but for experts.
     """
-    distinct = {(name.partition(".lora_A")[0].rpartition(".")[0], d) for name, d in inputs}
-    return int(sum(4 * FILLED * d * d for _, d in distinct))
+    distinct = set()
+    for name, d, count in inputs:
+        place = name.partition(".lora_A")[0]
+        beside, _, last = place.rpartition(".")
+        distinct.add((place if last.isdigit() or count > 1 else beside, d, count))
+    return int(sum(4 * FILLED * d * d * count for _, d, count in distinct))
 
 
 def init_lora_null(
@@ -190,7 +194,7 @@ def init_lora_null(
         raise ValueError(f"read is {read}; give a share above 0 and below 1, such as 0.95")
     found = inspect(model)
     reading = found.reading()
-    weights = {id(t.parameter): Whole(t) for t in [*found.trained(), *reading]}
+    weights = {t.key: Whole(t) for t in [*found.trained(), *reading]}
     frozen = frozen_of(reading, weights, True)
     if not frozen:
         raise ValueError("model has no LoRA that trains; add one first (peft.get_peft_model)")
@@ -212,13 +216,14 @@ def freeze_early(model: nn.Module, freeze: bool | None) -> None:
     A wrapper for several processes waits for gradients of all that asks for them when it is made.
     """
     factors = lora_factors(model)
-    fresh = all(B.is_meta or not bool(B.detach().any()) for _, _, B in factors)
-    if fresh and _wanted(freeze, [(name, A.shape[-1]) for name, A, _ in factors]):
-        for _, A, _ in factors:
+    fresh = all(B.is_meta or not bool(B.detach().any()) for _, _, B, _ in factors)
+    inputs = [(name, A.shape[-1], count) for name, A, _, count in factors]
+    if fresh and _wanted(freeze, inputs):
+        for _, A, _, _ in factors:
             A.requires_grad_(False)
 
 
-def _wanted(freeze: bool | None, inputs: Sequence[tuple[str, int]]) -> bool:
+def _wanted(freeze: bool | None, inputs: Sequence[tuple[str, int, int]]) -> bool:
     """Whether A is to be frozen; if nobody said so but for the bases' size, that is told."""
     size = bytes_of(inputs)
     if freeze is not None or size <= LARGE:

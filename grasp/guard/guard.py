@@ -147,7 +147,7 @@ class Guard:
             trained = found.trained()
             checks.refuse_rounded(trained)
             checks.refuse_dead_ends(found)
-            weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
+            weights = {t.key: Whole(t) for t in [*trained, *found.reading()]}
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None
             if state is None:
@@ -296,7 +296,7 @@ class Guard:
         return matrix_bases(found, self.subspaces, indirect=self.indirect)
 
     def _frozen(
-        self, found: Architecture, weights: dict[int, Whole], state: Path | str | None
+        self, found: Architecture, weights: dict[tuple, Whole], state: Path | str | None
     ) -> list[Frozen]:
         if self.growth is None or self.growth.read == 0:
             return []

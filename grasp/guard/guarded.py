@@ -110,7 +110,7 @@ class Guarded:
         T = self.partner.start().float()
         across = ("left", Q, Q.mT @ T) if self.left else ("right", Q, T @ Q)
         pins = [own, Pin(self.partner, *across)] if Q.shape[1] else [own]
-        return [pin for pin in pins if pin.weight.local.requires_grad]  # others stay as they began
+        return [pin for pin in pins if pin.weight.trains]  # others stay as they began
 
     def change(self) -> "Change":
         """How far the weight is from where it began, and how much of that lies in the basis."""
@@ -193,19 +193,24 @@ class Projections:
                     side=side,
                     measure=gradients,
                 ),
-                [g for g, _ in group],
+                group,
             )
             for (_, _, side), group in groups.items()
         ]
 
     def __call__(self) -> None:
         for projector, group in self.projectors:
-            projector([g.weight.gradient for g in group] if self.gradients else None)
+            if self.gradients:
+                projector([g.weight.gradient for g, _ in group])
+            elif any(pin.weight.is_part for _, pin in group):
+                projector([pin.weight.local for _, pin in group])
+            else:
+                projector()
 
     def count(self) -> None:
         """Add what was blocked since the last time to each parameter's count."""
         for projector, group in self.projectors if self.gradients else ():
-            for g, (total, blocked) in zip(group, projector.energies(), strict=True):
+            for (g, _), (total, blocked) in zip(group, projector.energies(), strict=True):
                 g.total = total if g.total is None else g.total + total
                 g.blocked = blocked if g.blocked is None else g.blocked + blocked
 
@@ -219,8 +224,9 @@ def averaged(guarded: Sequence[Guarded], shown: Callable[[Tensor], list[Tensor]]
     groups: dict[tuple, list[tuple[Tensor, Pin]]] = {}
     for g in guarded:
         for n, pin in enumerate(g.pins()):
-            for T in shown(pin.weight.local):
-                groups.setdefault((n, g.trained.holds, pin.side), []).append((T, pin))
+            for T in shown(pin.weight.trained.parameter):
+                part = pin.weight.trained.of(T)
+                groups.setdefault((n, g.trained.holds, pin.side), []).append((part, pin))
     return [
         gk.Projector(
             [T for T, _ in group],

@@ -10,7 +10,7 @@ from grasp.model import Architecture, Trained
 
 def match(
     found: Architecture,
-    weights: dict[int, Whole],
+    weights: dict[tuple, Whole],
     bases: dict[str, Tensor],
     *,
     grows: bool,
@@ -19,7 +19,7 @@ def match(
     """The guarded parameters of a model, each with the basis that it begins with.
 
     Args:
-        weights: every trained parameter's, by its id.
+        weights: every trained weight's, by its key.
         bases: of outputs, by the names of matrices.
         grows: whether bases of outputs grow, so that each begins with an empty one.
         reads: whether inputs are kept off as well.
@@ -30,13 +30,13 @@ def match(
     owners: dict[tuple, Trained] = {}
 
     def guarded_by(t: Trained, basis: Tensor) -> Guarded:
-        first = owners.setdefault((id(t.parameter), t.holds), t)
+        first = owners.setdefault((*t.key, t.holds), t)
         if first is not t:
             raise ValueError(
                 f"{t.name} and {first.name} are one weight, which can't be kept off two bases; "
                 "untie them, or train one of the two"
             )
-        return Guarded.of(t, weights[id(t.parameter)], weights.get(id(t.partner)), basis)
+        return Guarded.of(t, weights[t.key], weights.get(t.partner_key), basis)
 
     guarded = []
     for t in found.trained():

@@ -111,7 +111,7 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
     guard.growth.divergences = [tuple(d) for d in about["divergences"]]
 
 
-def frozen_as(reading: Sequence[Trained], weights: dict[int, Whole], path: Path) -> list[Frozen]:
+def frozen_as(reading: Sequence[Trained], weights: dict[tuple, Whole], path: Path) -> list[Frozen]:
     """Of what reads inputs, what a saved run had frozen.
 
     Raises:
@@ -119,7 +119,7 @@ def frozen_as(reading: Sequence[Trained], weights: dict[int, Whole], path: Path)
     """
     about, _ = _read(path)
     return [
-        Frozen(t, weights[id(t.parameter)], weights[id(t.partner)], t.parameter.requires_grad)
+        Frozen(t, weights[t.key], weights[t.partner_key], t.parameter.requires_grad)
         for t in reading
         if t.name in about["frozen"]
     ]

@@ -24,17 +24,29 @@ class Whole:
     @property
     def local(self) -> Tensor:
         """What this process holds of it, and what a projection writes to."""
-        return self.trained.parameter
+        parameter = self.trained.parameter
+        return self.trained.of(parameter.detach()) if self.is_part else parameter
+
+    @property
+    def is_part(self) -> bool:
+        """Whether `local` is a view of a parameter, which has to be taken anew at each use."""
+        return self.trained.matrix.index is not None
+
+    @property
+    def trains(self) -> bool:
+        """Whether training moves it."""
+        return self.trained.parameter.requires_grad
 
     @property
     def gradient(self) -> Tensor | None:
         """The gradient of `local`."""
-        return self.trained.parameter.grad
+        gradient = self.trained.parameter.grad
+        return None if gradient is None else self.trained.of(gradient)
 
     @property
     def shape(self) -> torch.Size:
         """Of the weight as a whole."""
-        return self.trained.parameter.shape
+        return self.local.shape
 
     def part(self, basis: Tensor) -> Tensor:
         """The rows of a basis `[d, k]` that multiply `local`."""

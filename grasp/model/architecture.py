@@ -5,14 +5,15 @@ its MLP. A map whose outputs reach the writer's input as they are is a *value* m
 it some other way is *hidden* (gate, up), one that does not is a *reader* (query, key).
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from grasp.model.modes import evaluating, is_quantised
+from grasp.model.modes import evaluating, given, is_linear, is_quantised
 
 PRODUCTS = ("ALora", "Velora", "MiCA")  # of PEFT's variants those that add B A x, if anything
 PROBES = 16  # the estimate of a norm is off by its root at most, a quarter
@@ -33,6 +34,8 @@ class Matrix:
     """Writer: the weight [d] of a norm between it and the residual stream, if there is one."""
     taken: Tensor | None = None
     """Of the dtype and on the device of what it takes in, and empty."""
+    index: int | None = None
+    """Of experts that share one parameter, which."""
 
     @property
     def base(self) -> nn.Module:
@@ -67,6 +70,24 @@ class Matrix:
         """Whether the pretrained map hands gradients on to what it takes in, if quantised."""
         return not is_quantised(self.base) or self._run(1)[1].requires_grad
 
+    def part(self, factor: Tensor, holds: str) -> Tensor:
+        """This map's part of a LoRA's factor that holds "outputs" (B) or "inputs" (A): a view."""
+        return factor
+
+    def watch(
+        self, hear: Callable[[Tensor, Tensor | None], None], routed: bool = True
+    ) -> RemovableHandle:
+        """Hear of what it takes in whenever it runs.
+
+        Args:
+            hear: called with x `[..., d_in]` and, of an expert, which of the tokens (flattened,
+                batch by batch) its rows are of; None says all of them.
+            routed: of an expert, the tokens that are routed to it; False takes it to get all.
+        """
+        return self.module.register_forward_pre_hook(
+            lambda module, args, kwargs: hear(given(args, kwargs), None), with_kwargs=True
+        )
+
     def _run(self, rows: int) -> tuple[Tensor, Tensor]:
         with evaluating(self.base), torch.enable_grad():
             x = self.taken.new_zeros(rows, in_features(self.base)).requires_grad_()
@@ -86,10 +107,25 @@ class Trained:
     """Of a LoRA B the A that it is multiplied with; of the A, the B. One of them may be frozen."""
 
     @property
-    def zero_factor(self) -> nn.Parameter | None:
+    def key(self) -> tuple[int, int | None]:
+        """What is one weight: the parameter, or an expert's part of it."""
+        return id(self.parameter), self.matrix.index
+
+    @property
+    def partner_key(self) -> tuple[int, int | None]:
+        return id(self.partner), self.matrix.index
+
+    @property
+    def zero_factor(self) -> Tensor | None:
         """Of a LoRA's factors the one that begins at 0, B; None of a weight trained itself."""
-        is_B = self.holds == "outputs" and self.partner is not None
-        return self.parameter if is_B else self.partner
+        if self.partner is None:
+            return None
+        B = self.parameter if self.holds == "outputs" else self.partner
+        return self.matrix.part(B, "outputs")
+
+    def of(self, T: Tensor) -> Tensor:
+        """Of a tensor of the parameter's shape, such as its gradient, what is of this weight."""
+        return T if self.partner is None else self.matrix.part(T, self.holds)
 
     @property
     def size(self) -> int:
@@ -167,15 +203,20 @@ def lora_update(matrix: Matrix, adapter: str | None = None) -> tuple[Tensor, Ten
     if not names:
         return None
     layer = matrix.module
-    B = [layer.scaling[n] * layer.lora_B[n].weight.detach().float() for n in names]
-    A = [layer.lora_A[n].weight.detach().float() for n in names]
-    return torch.cat(B, 1), torch.cat(A, 0)
+    B = [layer.scaling[n] * matrix.part(layer.lora_B[n].weight, "outputs") for n in names]
+    A = [matrix.part(layer.lora_A[n].weight, "inputs") for n in names]
+    return torch.cat(B, 1).detach().float(), torch.cat(A, 0).detach().float()
 
 
-def lora_factors(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter]]:
-    """The name of each LoRA's A, A and B, of those that have a B that trains."""
+def lora_factors(model: nn.Module) -> list[tuple[str, nn.Parameter, nn.Parameter, int]]:
+    """The name of each LoRA's A, A, B, and of how many experts: those that have a B that trains."""
     return [
-        (f"{name}.lora_A.{adapter}", module.lora_A[adapter].weight, B.weight)
+        (
+            f"{name}.lora_A.{adapter}",
+            module.lora_A[adapter].weight,
+            B.weight,
+            getattr(module, "num_experts", 1),
+        )
         for name, module in model.named_modules()
         for adapter, B in getattr(module, "lora_B", {}).items()
         if isinstance(B, nn.Linear) and B.weight.requires_grad
@@ -206,6 +247,8 @@ def _trained(matrix: Matrix) -> Iterator[Trained]:
             continue
         _refuse_no_product(matrix, adapter)
         yield Trained(f"{matrix.name}.lora_B.{adapter}", B, "left", matrix, partner=A)
+    if not is_linear(base):  # the wrapper of a parameter, which holds others besides
+        return
     transposed = type(base).__name__ == "Conv1D"
     weight, bias = getattr(base, "weight", None), getattr(base, "bias", None)
     known |= {id(weight), id(bias)}

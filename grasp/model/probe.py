@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
+from grasp.model.experts import Wrapped, refuse_unheard, stacked, wrapped
 from grasp.model.modes import evaluating, given, is_linear, unfused
 
 PROBE_TOKEN = 1
@@ -35,21 +36,25 @@ def inspect(model: nn.Module) -> Architecture:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = config.hidden_size
     name, blocks = _find_blocks(model)
-    linears = [_linears(f"{name}.{i}", block) for i, block in enumerate(blocks)]
+    linears, routed = [], []
     for i, block in enumerate(blocks):
-        _refuse_unknown(f"{name}.{i}", block, linears[i])
+        maps = _linears(f"{name}.{i}", block)
+        _refuse_unknown(f"{name}.{i}", block, maps)
+        linears.append({n: m for n, m in maps.items() if not stacked(m)})
+        routed.append([w for n, m in maps.items() if stacked(m) for w in wrapped(n, m)])
+    routed = _heard(model, routed)
     outside = _outside(model, name, linears)
     trace = _Trace(model, linears, outside)
-    found = tuple(
-        Block(i, f"{name}.{i}", block, _understand(trace, f"{name}.{i}", block, linears[i], width))
-        for i, block in enumerate(blocks)
-    )
+    found = []
+    for i, block in enumerate(blocks):
+        maps = _understand(trace, f"{name}.{i}", block, linears[i], width)
+        found.append(Block(i, f"{name}.{i}", block, (*maps, *routed[i])))
     others = [
         Matrix(n, m, "other", taken=trace.taken[id(m)])
         for n, m in outside.items()
         if id(m) in trace.order
     ]
-    return Architecture(model, width, found, tuple(others))
+    return Architecture(model, width, tuple(found), tuple(others))
 
 
 def _find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -115,7 +120,7 @@ def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules(prefix=prefix):
         inside = any(name.startswith(outer + ".") for outer in found)
-        if not inside and is_linear(getattr(module, "base_layer", module)):
+        if not inside and (stacked(module) or is_linear(getattr(module, "base_layer", module))):
             found[name] = module
     return found
 
@@ -138,7 +143,12 @@ def _outside(
 
 
 def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]) -> None:
-    known = {id(p) for m in linears.values() for p in m.parameters()}
+    known = {
+        id(p)
+        for m in linears.values()
+        for name, p in m.named_parameters()
+        if not stacked(m) or "lora_" in name
+    }
     for name, parameter in block.named_parameters(prefix=prefix):
         if parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in known:
             raise ValueError(
@@ -146,6 +156,24 @@ def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]
                 "experts, or a layer of another kind), so it can't be guarded; train the attention "
                 "alone, or the linear maps"
             )
+
+
+def _heard(model: nn.Module, found: list[list[Wrapped]]) -> list[list[Wrapped]]:
+    """Those of which is heard what they take in.
+
+    Raises:
+        ValueError: another is trained; says which.
+    """
+    if not any(found):
+        return found
+    heard: set[str] = set()
+    handles = [
+        w.watch(lambda x, tokens, name=w.name: heard.add(name)) for part in found for w in part
+    ]
+    _run_token(model, handles)
+    for unheard in (w for part in found for w in part if w.name not in heard):
+        refuse_unheard(unheard)
+    return [[w for w in part if w.name in heard] for part in found]
 
 
 class _Trace:

@@ -76,7 +76,7 @@ def run(
         return adapter
     callback = guard_callback(settings)
     rows = data.read_rows(settings.data, settings.limit)
-    model, tokenizer = load_model(settings.model, settings.dtype)
+    model, tokenizer = load_model(settings.model, **settings.weights)
     rows = methods.rows(settings, rows, model, tokenizer)
     encoded = data.encode(rows, tokenizer, settings.max_length)
     if callback and settings.drifted:
@@ -122,7 +122,7 @@ def run(
 
 def _change(settings: Settings, adapter: Path) -> None:
     """The plain fine-tune, changed as the method says, as an adapter of its own."""
-    model, tokenizer = load_model(settings.model, settings.dtype)
+    model, tokenizer = load_model(settings.model, **settings.weights)
     with adapted(model, settings.drifted, "drifted", trainable=True) as plain:
         methods.change(settings, plain, tokenizer)
         save_adapter(plain, adapter)

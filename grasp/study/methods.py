@@ -72,6 +72,6 @@ class TextContext:
 
     @contextmanager
     def aligned(self) -> Iterator[nn.Module]:
-        other, _ = load_model(self.settings.model, self.settings.dtype)
+        other, _ = load_model(self.settings.model, **self.settings.weights)
         with adapted(other, self.settings.aligned, "aligned") as aligned:
             yield aligned

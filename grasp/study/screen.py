@@ -93,7 +93,7 @@ def of_run(
         raise FileNotFoundError(f"no finished guarded run in {run}; make one with grasp finetune")
     settings = settings_from(read_json(about)["settings"])
     chosen = data.read_rows(rows or settings.data, limit or settings.limit)
-    model, tokenizer = load_model(settings.model, settings.dtype)
+    model, tokenizer = load_model(settings.model, **settings.weights)
     model = finetune.add_lora(model, settings)
     bases = {
         name.removeprefix("basis."): U

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from grasp.bases import growth
+from grasp.model.loading import check_bits
 from grasp.study.rivals import RIVALS as KNOWN
 
 GIVEN = {"instruction", "others", "aligned", "plain"}  # what settings can give a rival
@@ -44,6 +45,10 @@ class Settings:
     """Folder of a well-behaved fine-tune's adapter, for safe_lora."""
     dtype: str = "float32"
     """Of the frozen weights, in `DTYPES`; what is trained is fp32."""
+    load_in_4bit: bool = False
+    """QLoRA: the blocks' frozen linear maps in nf4, by bitsandbytes, and `dtype` computes."""
+    load_in_8bit: bool = False
+    """As `load_in_4bit`, in int8."""
     seed: int = 0
     steps: int = 100
     batch_size: int = 8
@@ -92,8 +97,7 @@ class Settings:
         self._check_kinds()
         if self.method not in METHODS:
             raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}")
+        check_bits(self.weights["bits"])
         for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
@@ -160,9 +164,27 @@ class Settings:
                 raise FileNotFoundError(f"no adapter in {folder}; give {name} {kind} fine-tune's")
 
     @property
+    def weights(self) -> dict:
+        """How the base model is loaded: arguments of `load_model`."""
+        return weights_of(self.dtype, self.load_in_4bit, self.load_in_8bit)
+
+    @property
     def chosen_strength(self) -> float | None:
         """The strength, or what stands for it in `STRENGTHS`."""
         return STRENGTHS.get(self.method) if self.strength is None else self.strength
+
+
+def weights_of(dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> dict:
+    """Settings of how a base model is loaded as arguments of `load_model`.
+
+    Raises:
+        ValueError: an unknown dtype, or both numbers of bits.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
+    if load_in_4bit and load_in_8bit:
+        raise ValueError("load_in_4bit and load_in_8bit are both true; choose one of the two")
+    return {"dtype": dtype, "bits": 4 if load_in_4bit else 8 if load_in_8bit else None}
 
 
 def settings_from(options: dict) -> Settings:

@@ -19,7 +19,7 @@ def short_runs(settings: Settings, steps: int = 30, lora_rank: int = 1) -> Short
     rows = data.read_rows(settings.data, settings.limit)
 
     def run(known: Subspaces | None, seed: int) -> nn.Module:
-        model, tokenizer = load_model(settings.model, settings.dtype)
+        model, tokenizer = load_model(settings.model, **settings.weights)
         writers = inspect(model).blocks[0].of_role("writer")
         targets = ",".join(m.name.rsplit(".", 1)[-1] for m in writers)
         chosen = replace(settings, seed=seed, lora_rank=lora_rank, targets=targets)

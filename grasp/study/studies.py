@@ -127,9 +127,9 @@ class Study:
         return str(Path(self.folder) / name)
 
     @property
-    def dtype(self) -> str:
-        """Of the weights that are scored: those that plain was trained on."""
-        return self.settings("plain", 0).dtype
+    def weights(self) -> dict:
+        """How the base of what is scored is loaded: as plain was trained on it."""
+        return self.settings("plain", 0).weights
 
     def _adapter(self, method: str, seed: int) -> str:
         return str(Path(self.out) / f"{method}-{seed}" / "adapter")
@@ -325,7 +325,7 @@ def _scored(path: Path, study: Study, measures, adapter: Path | None) -> dict:
             "to make it anew, or take the step out"
         )
     pairs, statements = measures
-    model, tokenizer = load_model(study.model, study.dtype)
+    model, tokenizer = load_model(study.model, **study.weights)
     pairs = {name: _with_base_answers(study, name, pairs[name]) for name in pairs}
     if adapter is not None:
         model = load_adapter(model, adapter)
@@ -342,7 +342,7 @@ def _with_base_answers(study: Study, name: str, pairs: Sequence[Pair]) -> list[P
         return list(pairs)
     path = Path(study.out) / f"base_answers_{name}.json"
     if not path.exists():
-        model, tokenizer = load_model(study.model, study.dtype)
+        model, tokenizer = load_model(study.model, **study.weights)
         _, answers = judged(
             model, tokenizer, [p.prompt for p in pairs], lambda p, a: 0.0, tokens=48
         )

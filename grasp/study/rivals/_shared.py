@@ -12,9 +12,14 @@ def loras(model: nn.Module) -> list[Trained]:
     """The B of each LoRA, with its A.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or one is of experts, which have a part of each factor.
     """
     found = [t for t in inspect(model).trained() if t.partner is not None]
+    if experts := [t.matrix.name for t in found if t.matrix.index is not None]:
+        raise ValueError(
+            f"{experts[0]} is one of a mixture's experts, which share a LoRA that no rival changes "
+            "one by one; train the attention and the shared experts"
+        )
     if not found:
         raise ValueError("model has no trainable LoRA on the blocks' linear maps; add one")
     return found
