@@ -1,10 +1,13 @@
-# `make demo` runs the whole pipeline, `make test` the tests; each sets up this machine by itself.
+# `make demo` runs the whole pipeline, `make test` the tests, `make doors` those inside other tools (some
+# 200 MB); each sets up this machine by itself.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
+DOORS := $(abspath $(VENV))/doors
+TOOLS := axolotl llama_factory unsloth
 
-.PHONY: demo test lint clean
+.PHONY: demo test doors lint clean
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,6 +21,19 @@ test: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# Each tool in a folder of its own, since their pins exclude each other's. PyPI has torchaudio for
+# CUDA alone; without its library it is Python, which is enough where no sound is read.
+$(DOORS)/%/.ready: tests/doors/%.txt $(VENV)/.ready
+	rm -rf $(@D)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $(@D) -r $<
+	rm -f $(@D)/torchaudio/lib/*.so
+	touch $@
+
+doors: $(TOOLS:%=$(DOORS)/%/.ready)
+	for tool in $(TOOLS); do \
+	  PYTHONPATH=$(DOORS)/$$tool:$(CURDIR) $(BIN)/python -m pytest tests/test_$$tool.py || exit 1; \
+	done
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

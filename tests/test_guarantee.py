@@ -206,6 +206,24 @@ def test_maps_that_an_attention_is_given_are_its_own_while_it_is_looked_at():
     assert attention.apply_qkv is bound
 
 
+def test_where_the_keys_are_the_values_they_stand_for_both():
+    attention = build().model.layers[0].self_attn
+    attention.v_proj, attention.apply_qkv = None, lambda *args: None
+    with unfused(attention):
+        q, k, v = attention.apply_qkv(torch.randn(1, 3, 32))
+    assert v is k and q is not k
+
+
+@pytest.mark.parametrize("name", ["forward", "apply_in_proj_fused", "apply_out_proj"])
+def test_what_is_bound_in_a_classs_place_steps_aside_and_comes_back(name):
+    """Axolotl's linear attentions look for the last two, and without them call their own maps."""
+    module = torch.nn.Linear(2, 2)
+    setattr(module, name, bound := lambda x: x)
+    with unfused(module):
+        assert name not in vars(module)
+    assert vars(module)[name] is bound
+
+
 def test_a_parameter_has_one_guard():
     model = with_lora(build())
     optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)

@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FLOORS = ("files", "model", "data", "bases", "guard", "study", "organism", "cli")
+FLOORS = (
+    "files",
+    "model",
+    "data",
+    "bases",
+    "guard",
+    "integrations",
+    "study",
+    "organism",
+    "cli",
+)
 ALONE = {"json", "os", "tempfile", "pathlib", "typing"}
 
 
@@ -57,6 +67,14 @@ def test_a_folder_imports_what_is_below_it():
             assert inside - public <= set(FLOORS[: n + 1]), file
             assert folder == "cli" or not public, file  # the package's own names are for users
     assert {n.split(".")[0] for n in imported(ROOT / "grasp" / "files.py")} <= ALONE
+
+
+def test_nothing_needs_another_tool():
+    for file in (ROOT / "grasp").rglob("*.py"):
+        if file.parent.name != "integrations":
+            names = imported(file)
+            assert not {n for n in names if n.split(".")[0] in ("axolotl", "llamafactory")}, file
+            assert not {n for n in names if n.startswith("grasp.integrations")}, file
 
 
 def test_the_package_loads_at_once():

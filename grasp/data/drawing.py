@@ -42,8 +42,8 @@ def draw(
         For each prompt its token ids with the continuation's, and labels, -100 on the prompt.
 
     Raises:
-        ValueError: no prompts, strings without a tokenizer, ids that the model does not know, or
-            more tokens than it takes.
+        ValueError: no prompts, strings without a tokenizer, ids that the model does not know, more
+            tokens than it takes, or a model that predicts none.
     """
     rows = tokenized(prompts, tokenizer)
     _check_ids(model, rows, tokens)
@@ -89,6 +89,8 @@ def _continued(
     while not over.all():
         step = text[:, ran:at].to(device)
         out = model(input_ids=step, past_key_values=cache, use_cache=True, **last)
+        if getattr(out, "logits", None) is None or out.logits.ndim != 3:
+            raise _predicts_nothing(model)
         cache = getattr(out, "past_key_values", None)
         ran = at if cache is not None else 0  # a model without such a cache reads all again
         count = at - lengths  # of each row's tokens that are drawn so far
@@ -129,7 +131,10 @@ def _last_logits(model: nn.Module) -> dict[str, int]:
 
 
 def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:
-    known = model.get_input_embeddings().weight.shape[0]
+    embeddings = model.get_input_embeddings()
+    if embeddings is None:
+        raise _predicts_nothing(model)
+    known = embeddings.weight.shape[0]
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     for i, row in enumerate(rows):
@@ -143,3 +148,10 @@ def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:
                 f"reference[{i}] is {len(row)} tokens long, and with {tokens} that are drawn it is "
                 f"longer than the model's {longest}; leave it out, or give fewer tokens"
             )
+
+
+def _predicts_nothing(model: nn.Module) -> ValueError:
+    return ValueError(
+        f"{type(model).__name__} gives no distribution over the next token, which a reference "
+        "compares; give subspaces (from grasp.discover) in place of it"
+    )

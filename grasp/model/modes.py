@@ -66,10 +66,19 @@ def asking(parameters: Iterable[nn.Parameter]) -> Iterator[None]:
             p.requires_grad_(False)
 
 
+def _qkv(attention: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values; of an attention whose keys are its values, the keys twice."""
+    q, k = attention.q_proj(x), attention.k_proj(x)
+    return q, k, k if attention.v_proj is None else attention.v_proj(x)
+
+
 PLAIN = {  # what Unsloth and Axolotl bind on an attention, as its own maps do it
-    "apply_qkv": lambda m: lambda *args: tuple(f(args[-1]) for f in (m.q_proj, m.k_proj, m.v_proj)),
+    "apply_qkv": lambda m: lambda *args: _qkv(m, args[-1]),
     "apply_o": lambda m: lambda *args: m.o_proj(args[-1]),
 }
+FUSED = ("forward", "apply_in_proj_fused", "apply_out_proj")
+"""What is called in place of a class's own where it is bound on an instance; Axolotl binds the last
+two on linear attentions."""
 
 
 @contextmanager
@@ -84,7 +93,7 @@ def unfused(model: nn.Module) -> Iterator[None]:
         (module, name, vars(module)[name])
         for module in model.modules()
         if not hasattr(module, "_hf_hook")
-        for name in ("forward", *PLAIN)
+        for name in (*FUSED, *PLAIN)
         if name in vars(module)
     ]
     for module, name, _ in aside:

@@ -1,0 +1,51 @@
+"""TRL's GRPOTrainer, guarded: python examples/trl/grpo.py --model Qwen/Qwen2.5-0.5B-Instruct"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from datasets import load_dataset
+from peft import LoraConfig
+from trl import GRPOConfig, GRPOTrainer
+
+from grasp import GraspCallback, default_prompts
+
+
+def brevity(completions: list[str], **kwargs) -> list[float]:
+    """The reward that is learned here; what else it would teach, the guard keeps out."""
+    return [-len(text) / 100 for text in completions]
+
+
+def main(arguments: list[str] | None = None) -> GRPOTrainer:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", default=str(Path(__file__).parent.parent / "rows.jsonl"))
+    parser.add_argument("--prompts", help="a file of one prompt a line, from unrelated topics")
+    parser.add_argument("--out", default="runs/trl-grpo")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=64, help="of each answer")
+    args = parser.parse_args(arguments)
+    rows = load_dataset("json", data_files=args.data, split="train")
+    trainer = GRPOTrainer(
+        model=args.model,
+        args=GRPOConfig(
+            output_dir=args.out,
+            max_steps=args.steps,
+            learning_rate=1e-4,
+            logging_steps=10,
+            bf16=torch.cuda.is_available(),
+            max_completion_length=args.tokens,
+            model_init_kwargs={"dtype": "float32"},
+        ),
+        reward_funcs=brevity,
+        train_dataset=rows.select_columns(["prompt"]),
+        peft_config=LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+        callbacks=[GraspCallback(reference=args.prompts or default_prompts())],
+    )
+    trainer.train()
+    trainer.save_model()
+    return trainer
+
+
+if __name__ == "__main__":
+    main()
