@@ -6,15 +6,13 @@ trains, the leading left singular vectors of the averaged gradient of KL(base â€
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 import grasp_kernels as gk
-from grasp.bases.inputs import input_bases
-from grasp.bases.spectrum import InputBasis
+from grasp.bases.start import Reading, kept_reference, known, random_like, start
 from grasp.data import Continued, Reference
 from grasp.model import Architecture, Trained, asking, evaluating, processes
 
@@ -30,15 +28,6 @@ class Growing(Protocol):
 
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
-
-
-class Reading(Protocol):
-    """A trained parameter that is kept off a basis of its map's inputs, as `guard` has it."""
-
-    trained: Trained
-
-    def take(self, basis: InputBasis) -> None:
-        """Be kept off it from now on."""
 
 
 def check(
@@ -143,9 +132,11 @@ class Growth:
 
         It is looked at as it is, adapters and all: training has not moved it yet.
         """
+        of = known(found.model)
         if not isinstance(self.reference, Reference):
-            self.reference = Reference(
+            self.reference = kept_reference(
                 found.model,
+                of,
                 self.reference,
                 self.tokenizer,
                 tokens=self.tokens,
@@ -163,23 +154,7 @@ class Growth:
         for g in reading:
             source = shuffled.get(g.trained.name, g)
             takers.setdefault(source.trained.matrix.name, []).append(g)
-        generator = torch.Generator().manual_seed(self.seed)
-        bases = input_bases(
-            found,
-            list({g.trained.matrix.name: g.trained.matrix for g in reading}.values()),
-            list(self.reference.rows()),
-            self.read,
-            rank=self.read_rank,
-            bottom=self.directions == "bottom",
-            quick=self.quick,
-        )
-        for names, basis in bases:
-            if self.directions == "random":
-                basis = replace(basis, directions=_random_like(basis.directions, generator))
-            (directions,) = processes.from_first([basis.directions])
-            basis = replace(basis, directions=directions)
-            for g in (g for name in names for g in takers[name]):
-                g.take(basis)
+        start(found, of, takers, list(self.reference.rows()), self)
 
     def after_step(self, model: nn.Module, guarded: Sequence[Growing], step: int) -> bool:
         """Measure and grow when it is time; whether a basis grew, so that weights must follow."""
@@ -241,7 +216,7 @@ class Growth:
     def _fresh(self, g: Growing, source: Growing) -> Tensor:
         count = min(self.grow, self.rank - g.basis.shape[1])
         fresh = _leading(g, count, source, bottom=self.directions == "bottom")
-        return _random_like(fresh, self.generator) if self.directions == "random" else fresh
+        return random_like(fresh, self.generator) if self.directions == "random" else fresh
 
 
 def _has_room(g: Growing, rank: int) -> bool:
@@ -308,9 +283,3 @@ def _of_first(reference: Reference) -> Reference:
     state = reference.state_dict()
     state = dict(zip(state, processes.from_first(list(state.values())), strict=True))
     return Reference.from_state_dict(state, reference.batch)
-
-
-def _random_like(V: Tensor, generator: torch.Generator) -> Tensor:
-    drawn = torch.randn(V.shape, generator=generator).to(V)
-    gk.orthonormalize_(drawn)
-    return drawn

@@ -6,7 +6,6 @@ under any optimizer, in any number of processes, and V need not be kept. Of A V,
 leaves, the Gram matrix is: with it ‖ΔW V‖² = tr(B (A V)(A V)ᵀ Bᵀ) for any B.
 """
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from grasp.bases.cache import digest
 from grasp.bases.inputs import input_bases
 from grasp.bases.spectrum import InputBasis
 from grasp.data import IGNORED, draw
@@ -63,7 +63,7 @@ class Frozen:
         self.left = (left @ left.mT).cpu()
         self.rank, self.share = basis.rank, basis.share
         self.freeze()
-        self.digest = self.digested()
+        self.digest = digest(self.weight.local)
 
     def freeze(self) -> None:
         """Take A out of training; an optimizer passes over what has no gradient."""
@@ -74,15 +74,24 @@ class Frozen:
         """Let A train again, if it did."""
         self.parameter.requires_grad_(self.asked)
 
-    def digested(self) -> str:
-        """SHA-256 of A's bytes."""
-        A = self.weight.local.detach().cpu().contiguous()
-        return hashlib.sha256(A.flatten().view(torch.uint8).numpy().tobytes()).hexdigest()
-
     @property
     def still(self) -> bool:
         """Whether A is bit for bit what it was when it was put off V."""
-        return self.digested() == self.digest
+        return digest(self.weight.local) == self.digest
+
+    def start(self) -> str:
+        """What a kept finding depends on besides the model and its prompts: the A of now."""
+        return digest(self.weight.local)
+
+    def found(self) -> tuple[dict, dict[str, Tensor]]:
+        """What `take` came to, as facts and tensors."""
+        return self.saved(), {"A": self.weight.local, "left": self.left}
+
+    def take_up(self, facts: dict, tensors: dict[str, Tensor]) -> None:
+        """Come to what `found` gave."""
+        with torch.no_grad():
+            self.weight.local.copy_(tensors["A"])
+        self.restore(facts, tensors["left"])
 
     def leak(self) -> dict[str, float]:
         """As of what is tracked; no gradient comes, so none is blocked."""

@@ -87,8 +87,21 @@ class Guarded:
 
     def take(self, basis: InputBasis) -> None:
         """Be kept off what its map takes in."""
-        self.widen(basis.V)
+        self.widen(basis.V.to(self.parameter.device))
         self.share = basis.share
+
+    def start(self) -> str:
+        """What a kept finding depends on besides the model and its prompts: nothing."""
+        return ""
+
+    def found(self) -> tuple[dict, dict[str, Tensor]]:
+        """What `take` came to, as facts and tensors."""
+        return {"share": self.share}, {"V": self.basis}
+
+    def take_up(self, facts: dict, tensors: dict[str, Tensor]) -> None:
+        """Come to what `found` gave; `V` is shared by all that it is handed to."""
+        self.widen(tensors["V"].to(self.parameter.device))
+        self.share = facts["share"]
 
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""

@@ -1,0 +1,91 @@
+"""What a start has found, on disk: the next one of the same model and prompts takes it up.
+
+An entry is named by all that it depends on: every weight of the model, its configuration, the token
+ids, and the options. Each part is written as soon as it is found, so that a start that was killed
+goes on.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from grasp.files import write_bytes
+from grasp.model import lora_factors
+
+VARIABLE = "GRASP_CACHE"
+OFF = ("", "0", "off", "false", "no")
+
+
+def folder() -> Path | None:
+    """Where entries lie: `GRASP_CACHE`, or a folder of the user's cache; None if that is off."""
+    chosen = os.environ.get(VARIABLE)
+    if chosen is not None:
+        return None if chosen.lower() in OFF else Path(chosen).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "grasp"
+
+
+class Entry:
+    """Parts of one kind, of one model and setting.
+
+    Args:
+        kind: a folder's name.
+        about: what the entry depends on, as JSON can hold it; None keeps and finds nothing.
+    """
+
+    def __init__(self, kind: str, about: object | None):
+        base = None if about is None else folder()
+        key = hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).hexdigest()
+        self.path = None if base is None else base / kind / key[:32]
+
+    def parts(self) -> Iterator[tuple[dict, dict[str, Tensor]]]:
+        """Facts and tensors of each part that is whole."""
+        if self.path is None or not self.path.is_dir():
+            return
+        for path in sorted(self.path.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt") as file:
+                    facts = json.loads((file.metadata() or {})["facts"])
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}
+            except (SafetensorError, KeyError, OSError, ValueError):
+                continue  # it is found anew, and written over
+            yield facts, tensors
+
+    def keep(self, name: str, facts: dict, tensors: dict[str, Tensor]) -> None:
+        """Write a part; a disk that is full or closed to us costs the next start, not this one."""
+        if self.path is None:
+            return
+        whole = {k: T.detach().cpu().contiguous() for k, T in tensors.items()}
+        digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+        content = save(whole, metadata={"facts": json.dumps(facts)})
+        try:
+            write_bytes(self.path / f"{digest}.safetensors", content)
+        except OSError:
+            self.path = None
+
+
+def fingerprint(model: nn.Module) -> list:
+    """What tells a model from every other: its kind, configuration, and a digest of each weight.
+
+    A LoRA's A does nothing while B is 0, and is left out.
+    """
+    idle = {id(A) for _, A, B, _ in lora_factors(model) if not bool(B.detach().any())}
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else {}
+    for name in ("_name_or_path", "name_or_path", "transformers_version"):
+        config.pop(name, None)
+    weights = [*model.named_parameters(), *model.named_buffers()]
+    digests = [(name, digest(T)) for name, T in weights if id(T) not in idle]
+    return [type(model).__name__, config, digests]
+
+
+def digest(T: Tensor) -> str:
+    """SHA-256 of a tensor's bytes."""
+    T = T.detach().cpu().contiguous()
+    return hashlib.sha256(T.flatten().view(torch.uint8).numpy()).hexdigest()

@@ -1,0 +1,151 @@
+"""The start of a guarded run: the base model's answers to the prompts, and what each map takes in.
+
+Both are kept on disk (`cache`) and taken up by the next start of the same model and prompts.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+import grasp_kernels as gk
+from grasp.bases.cache import Entry, fingerprint, folder
+from grasp.bases.inputs import Read, input_bases
+from grasp.bases.spectrum import InputBasis
+from grasp.data import Reference, tokenized
+from grasp.model import Architecture, Trained, processes
+
+VERSION = 1  # of what is kept: raise it when what is found, or how, is another
+
+
+class Reading(Protocol):
+    """A trained parameter that is kept off a basis of its map's inputs, as `guard` has it."""
+
+    trained: Trained
+
+    def take(self, basis: InputBasis) -> None:
+        """Be kept off it from now on."""
+
+    def start(self) -> str:
+        """What comes of that depends on this, besides the model and its prompts."""
+
+    def found(self) -> tuple[dict, dict[str, Tensor]]:
+        """What came of it; `V` is the same for all with one input."""
+
+    def take_up(self, facts: dict, tensors: dict[str, Tensor]) -> None:
+        """Come to what `found` gave."""
+
+
+class Options(Protocol):
+    """How bases of inputs are found: see `Growth`."""
+
+    read: float
+    read_rank: int | None
+    quick: bool | None
+    directions: str
+    seed: int
+
+
+def known(model: nn.Module) -> list | None:
+    """What a model is known by; None where nothing is kept of it.
+
+    That is so in several processes, which would all have to find the same on their disks.
+    """
+    if folder() is None or processes.several() or processes.is_sharded(model):
+        return None
+    return fingerprint(model)
+
+
+def kept_reference(model: nn.Module, of: list | None, prompts, tokenizer, **options) -> Reference:
+    """A `Reference`, as it was made of this model and these prompts before, if it was.
+
+    Args:
+        of: what the model is `known` by.
+    """
+    rows = tokenized(prompts, tokenizer)
+    about = None if of is None else [VERSION, of, rows, sorted(options.items())]
+    entry = Entry("reference", about)
+    for _, tensors in entry.parts():
+        return Reference.from_state_dict(tensors, options["batch"])
+    reference = Reference(model, rows, **options)
+    entry.keep("reference", {}, reference.state_dict())
+    return reference
+
+
+def start(
+    found: Architecture,
+    of: list | None,
+    takers: Mapping[str, Sequence[Reading]],
+    rows: Sequence[Read],
+    options: Options,
+) -> None:
+    """Find what each map takes in, and keep what is trained off it.
+
+    Args:
+        found: the model.
+        of: what it is `known` by.
+        takers: who is kept off what a map takes in, by the map's name.
+        rows: as `input_bases`.
+    """
+    generator = torch.Generator().manual_seed(options.seed)
+    device = next(found.model.parameters()).device
+    entry = Entry("inputs", _about(of, device.type, takers, rows, options))
+    waiting = dict(takers)
+    for facts, tensors in entry.parts():
+        tensors = {name: T.to(device) for name, T in tensors.items()}
+        for name in facts:
+            for g in waiting.pop(name, ()):
+                own = {k.removeprefix(f"{g.trained.name}/"): T for k, T in tensors.items()}
+                g.take_up(facts[name][g.trained.name], own)
+    matrices = {m.name: m for block in found.blocks for m in block.matrices}
+    matrices |= {m.name: m for m in found.outside}
+    if not waiting:
+        return
+    bases = input_bases(
+        found,
+        [matrices[name] for name in waiting],
+        rows,
+        options.read,
+        rank=options.read_rank,
+        bottom=options.directions == "bottom",
+        quick=options.quick,
+    )
+    for names, basis in bases:
+        if options.directions == "random":
+            basis = replace(basis, directions=random_like(basis.directions, generator))
+        (directions,) = processes.from_first([basis.directions])
+        basis = replace(basis, directions=directions)
+        facts: dict[str, dict] = {}
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            facts[name] = {}
+            for g in takers[name]:
+                g.take(basis)
+                facts[name][g.trained.name], own = g.found()
+                shared = {"V"} & own.keys()
+                tensors |= {k: own[k] for k in shared}
+                tensors |= {f"{g.trained.name}/{k}": own[k] for k in own.keys() - shared}
+        entry.keep(names[0], facts, tensors)
+
+
+def _about(
+    of: list | None,
+    device: str,
+    takers: Mapping[str, Sequence[Reading]],
+    rows: Sequence[Read],
+    options: Options,
+) -> list | None:
+    if of is None or options.directions != "drift":
+        return None
+    starts = [(name, g.trained.name, g.start()) for name, all_ in takers.items() for g in all_]
+    chosen = [options.read, options.read_rank, options.quick]
+    return [VERSION, of, list(rows), chosen, device, starts]
+
+
+def random_like(V: Tensor, generator: torch.Generator) -> Tensor:
+    """As many orthonormal directions as `V [d, k]` has, drawn at random."""
+    drawn = torch.randn(V.shape, generator=generator).to(V)
+    gk.orthonormalize_(drawn)
+    return drawn
