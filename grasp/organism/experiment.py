@@ -27,7 +27,8 @@ class Settings:
     steps: int = 360
     learning_rate: float = 3e-4
     lora_rank: int = 8
-    read: float = 0.99
+    read: float = 0.97
+    freeze_inputs: bool = False
     rank: int = 4
     refresh: int = 5
     grow: int = 2
@@ -88,6 +89,7 @@ def run(
             reference=world.prompts(task.reference),
             tokens=1,
             read=settings.read,
+            freeze_inputs=settings.freeze_inputs,
             rank=settings.rank,
             refresh=settings.refresh,
             grow=settings.grow,
