@@ -4,7 +4,7 @@ All else is optional and stands in a `grasp:` section.
 
     grasp:
       reference: prompts.txt   # one prompt a line; grasp's own where it is left out
-      read: 0.97               # any other argument of `Guard` that is a number, a word or a flag
+      read: 0.95               # any other argument of `Guard` that is a number, a word or a flag
 """
 
 from inspect import signature
