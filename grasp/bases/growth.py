@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import grasp_kernels as gk
 from grasp.bases.inputs import input_bases
 from grasp.data import Continued, Reference
-from grasp.model import Trained, asking, evaluating, processes
+from grasp.model import Trained, asking, evaluating, processes, sharding
 
 DIRECTIONS = ("drift", "random", "shuffled", "bottom")
 
@@ -24,10 +24,13 @@ class Growing(Protocol):
 
     trained: Trained
     basis: Tensor  # [d, k]
-    average: Tensor | None  # of the drift gradient, of the parameter's shape
+    average: Tensor | None  # of the drift gradient, of what this process holds of the parameter
 
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
+
+    def drift(self) -> Tensor | None:
+        """The average, of the parameter's shape."""
 
 
 def check(
@@ -184,10 +187,10 @@ class Growth:
         """Average the gradient of the divergence from the base on a few of the prompts."""
         parameters = [g.trained.parameter for g in growing]
         with evaluating(model), asking(parameters), torch.enable_grad():
-            divergence = self._divergence(model, step)
-            gradients = torch.autograd.grad(divergence, parameters, allow_unused=True)
-        for g, D in zip(growing, gradients, strict=True):
-            if D is not None and bool(D.isfinite().all()):
+            gradients = sharding.gradients(lambda: self._divergence(model, step), parameters, model)
+        finite = processes.on_all([D is not None and bool(D.isfinite().all()) for D in gradients])
+        for g, D, counts in zip(growing, gradients, finite, strict=True):
+            if counts:
                 D = D.float()
                 g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
 
@@ -229,7 +232,8 @@ def _leading(g: Growing, count: int, source: Growing, bottom: bool = False) -> T
     For a control `source`, which has the average, is its like in another block, or the directions
     are the last that the average has, `bottom`.
     """
-    D = source.average if g.trained.side == "left" else source.average.mT  # [d_out, n]
+    D = source.drift()
+    D = D if g.trained.side == "left" else D.mT  # [d_out, n]
     D = D - g.basis @ (g.basis.mT @ D)
     if min(D.shape) > 256 and not bottom:
         U, S = _range(D, count + 4)

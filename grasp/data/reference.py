@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.data.rows import IGNORED, pad, prompt_ids, read_prompts
-from grasp.model import evaluating
+from grasp.model import evaluating, processes, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
@@ -159,6 +159,8 @@ def draw(
         ValueError: no prompts, or strings without a tokenizer.
     """
     rows = tokenized(prompts, tokenizer)
+    if sharding.is_split(model):  # processes that ran it on other tokens would wait for ever
+        rows = processes.object_from_first(rows)
     _check_ids(model, rows, tokens)
     generator = torch.Generator().manual_seed(seed)
     by_length: dict[int, list[int]] = {}
@@ -203,6 +205,8 @@ def _drawn(
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         # Drawn on the CPU, so that a seed means the same tokens on every device.
         drawn = out.logits[:, -1].float().softmax(-1).cpu().multinomial(1, generator=generator)
+        if sharding.is_split(model):
+            (drawn,) = processes.from_first([drawn])
         found = torch.cat([found, drawn], 1)
         cache = getattr(out, "past_key_values", None)
         # A model without such a cache is given all of the text again.

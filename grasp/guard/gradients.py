@@ -1,7 +1,8 @@
 """Gradients are projected all in one call, when the last micro-batch of a step has brought them."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -25,7 +26,9 @@ class Gradients:
         """Whether a gradient came."""
         self.pending: list[Guarded] = []
         """Whose gradients came and are not projected yet."""
+        self._deaf = False
         self._graph = -1
+        self._streams: set[torch.Stream] = set()  # on which they came
         self._laid: dict[tuple[int, ...], Projections] = {}  # by which came together
         self._done: dict[int, tuple[int, int]] = {}  # of projected gradients where, which version
 
@@ -37,8 +40,20 @@ class Gradients:
             if g.parameter.requires_grad
         ]
 
+    @contextmanager
+    def deaf(self) -> Iterator[None]:
+        """For backward passes that are not training's."""
+        self._deaf = True
+        try:
+            yield
+        finally:
+            self._deaf = False
+
     def project(self) -> None:
         """Project the pending gradients."""
+        for stream in self._streams:  # FSDP2 brings them on one of its own
+            torch.accelerator.current_stream(stream.device).wait_stream(stream)
+        self._streams.clear()
         self.came = self.came or bool(self.pending)
         came = {id(g) for g in self.pending if g.weight.gradient is not None}
         self.pending = []
@@ -72,6 +87,10 @@ class Gradients:
         self._done.clear()
 
     def _collect(self, g: Guarded) -> None:
+        if self._deaf:
+            return
+        if g.weight.split and torch.accelerator.is_available():
+            self._streams.add(torch.accelerator.current_stream())
         graph = torch._C._current_graph_task_id()
         if graph != self._graph:  # also of a pass inside another: reentrant checkpointing
             self._graph = graph

@@ -13,7 +13,6 @@ and U may grow during training: every few steps the leading left singular vector
 gradient of KL(base ‖ model) on the prompts join it.
 """
 
-import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -31,10 +30,12 @@ from grasp.guard import checks
 from grasp.guard.certificate import certificate, finite
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged
+from grasp.guard.kinds import weight_of
+from grasp.guard.residual import hook_residual
 from grasp.guard.state import load, save
 from grasp.guard.steps import Steps, averages, in_backward, innermost
 from grasp.guard.weights import Whole
-from grasp.model import Architecture, Trained, inspect, processes
+from grasp.model import Architecture, Trained, inspect, processes, sharding
 from grasp_kernels.autocast import set_aside
 
 
@@ -121,19 +122,20 @@ class Guard:
 
         Raises:
             RuntimeError: it is attached already.
-            ValueError: as the class says, or weights that are split over processes.
+            ValueError: as the class says, or weights split over processes, but by FSDP2.
         """
         if self._handles:
             raise RuntimeError("this guard is attached already; detach it first")
         with set_aside():  # the model is looked at as its weights are
-            processes.refuse_sharded(self.model)
+            sharding.reshard(self.model)
+            sharding.refuse(self.model)
             if self.subspaces is not None:
                 self.subspaces.check(self.model)
             found = inspect(self.model)
             trained = found.trained()
             checks.refuse_rounded(trained)
             checks.refuse_dead_ends(found)
-            weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
+            weights = {id(t.parameter): weight_of(t) for t in [*trained, *found.reading()]}
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None
             if state is None:
@@ -222,11 +224,13 @@ class Guard:
 
     def replaced(self) -> list[str]:
         """Guarded parameters that the model has others in place of."""
+        sharding.reshard(self.model)
         now = dict(self.model.named_parameters())
         return [n for n, p in self._named.items() if n in now and now[n] is not p]
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the guarded parameters are a model's."""
+        sharding.reshard(model)
         there = {id(p) for p in model.parameters()}
         return bool(self.guarded) and all(id(g.parameter) in there for g in self.guarded)
 
@@ -237,6 +241,7 @@ class Guard:
             RuntimeError: it was never attached.
         """
         self._check_guarded()
+        sharding.reshard(self.model)
         Projections([g for g in self.guarded if g.basis.shape[1]], gradients=False)()
 
     @set_aside()
@@ -248,16 +253,22 @@ class Guard:
         """
         load(self, Path(state), self._known)
 
-    def save(self, path: Path | str) -> Path:
+    @property
+    def split(self) -> bool:
+        """Whether weights are split over processes: all must ask for what the guard tells, then."""
+        return any(weight.split for weight in self._known)
+
+    def save(self, path: Path | str, *, everyone: bool = False) -> Path:
         """Write bases, pins, averages and the reference: what a resumed run must not make anew.
 
-        The bases of inputs lie in a file of their own beside it, which later states share.
+        The bases of inputs lie in a file of their own beside it, which later states share. Of a
+        model that is `split` every process calls this, and the first writes, or `everyone`.
 
         Raises:
             OSError: it can't be written; an older file stays as it was.
         """
         self.gradients.count()
-        return save(self, Path(path))
+        return save(self, Path(path), everyone)
 
     def _check_guarded(self) -> None:
         if not self.guarded:
@@ -306,11 +317,7 @@ class Guard:
     def _hook(self, found: Architecture) -> None:
         self._handles += self.gradients.hook()
         if self.residual:
-            _forget_compiled()
-            for block in found.blocks:
-                if block.index in self.subspaces:
-                    U = self.subspaces[block.index].to(next(block.module.parameters()).device)
-                    self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
+            self._handles += hook_residual(found, self.subspaces)
         partners = [g.trained.partner for g in self.guarded if g.partner]
         self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
         if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
@@ -340,7 +347,11 @@ class Guard:
         if not ended:
             return
         self.steps += 1
-        if self.growth is not None and self.growth.after_step(self.model, self.guarded, self.steps):
+        if self.growth is None:
+            return
+        with self.gradients.deaf():
+            grew = self.growth.after_step(self.model, self.guarded, self.steps)
+        if grew:
             self._forget()
             self._pin(optimizer)
 
@@ -380,18 +391,3 @@ class Guard:
         self.gradients.forget()
         self._weights = None
         self._averages.clear()
-
-
-def _forget_compiled() -> None:
-    """A graph that was compiled before does not call hooks that are new."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
-
-
-def _residual_hook(U: Tensor):
-    def hook(module, args, output):
-        if isinstance(output, tuple):
-            return (gk.project_gradient(output[0], U), *output[1:])
-        return gk.project_gradient(output, U)
-
-    return hook

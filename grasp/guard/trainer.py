@@ -84,13 +84,13 @@ class GraspCallback(TrainerCallback):
         elif self.training and before is not None and before.is_of(model):
             # Begun again with smaller batches; the weights stay where they had come to.
             with tempfile.TemporaryDirectory() as folder:
-                self.guard.attach(before.save(Path(folder) / STATE))
+                self.guard.attach(before.save(Path(folder) / STATE, everyone=True))
         else:
             self.guard.attach()
         self.training = True
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if self.guard.split or state.is_world_process_zero:
             self.guard.save(_folder(args) / f"checkpoint-{state.global_step}" / STATE)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -104,12 +104,14 @@ class GraspCallback(TrainerCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.guard.detach()
-        if not state.is_world_process_zero:
+        if not (self.guard.split or state.is_world_process_zero):
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best and (Path(best) / STATE).exists():
             self.guard.judge_by(Path(best) / STATE)  # it was held off the bases that there were
         found = self.guard.certificate()
+        if not state.is_world_process_zero:
+            return
         path = write_json(_folder(args) / CERTIFICATE, found)
         if not found["holds"]:
             warnings.warn(

@@ -1,6 +1,6 @@
 """A decoder: what it is made of, how it is loaded, and the processes that train it."""
 
-from grasp.model import processes
+from grasp.model import processes, sharding
 from grasp.model.architecture import (
     Architecture,
     Block,
@@ -29,5 +29,6 @@ __all__ = [
     "load_model",
     "lora_update",
     "processes",
+    "sharding",
     "unfused",
 ]

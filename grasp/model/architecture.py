@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.model.modes import evaluating, is_quantised
+from grasp.model.sharding import gathered
 
 PRODUCTS = ("ALora", "Velora", "MiCA")  # of PEFT's variants those that add B A x, if anything
 PROBES = 16  # the estimate of a norm is off by its root at most, a quarter
@@ -46,7 +47,8 @@ class Matrix:
         """‖W‖ of the pretrained weight; where it is none, from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
         weight = getattr(self.base, "weight", None)
         if isinstance(weight, Tensor) and not is_quantised(self.base):
-            return float(weight.detach().float().norm())
+            with gathered(self.base):
+                return float(self.base.weight.detach().float().norm())
         drawn = torch.rand(self.out_features, PROBES, generator=torch.Generator().manual_seed(0))
         return float(self.back(drawn.round() * 2 - 1).norm()) / PROBES**0.5
 
@@ -55,8 +57,9 @@ class Matrix:
 
         Through autograd, so that a quantised weight answers too.
         """
-        x, y = self._run(vectors.shape[1])
-        (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
+        with gathered(self.base):
+            x, y = self._run(vectors.shape[1])
+            (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
         return gradient.mT.float()
 
     def passes_gradients(self) -> bool:
@@ -65,8 +68,10 @@ class Matrix:
 
     def _run(self, rows: int) -> tuple[Tensor, Tensor]:
         with evaluating(self.base), torch.enable_grad():
-            x = self.taken.new_zeros(rows, in_features(self.base)).requires_grad_()
-            return x, self.base(x)
+            x = self.taken.new_zeros(rows, in_features(self.base))
+            if not is_quantised(self.base):  # FSDP2 may compute in another dtype than it keeps
+                x = x.to(self.base.weight.dtype)
+            return x.requires_grad_(), self.base(x)
 
 
 @dataclass(frozen=True)

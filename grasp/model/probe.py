@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
-from grasp.model.modes import evaluating, given, is_linear, unfused
+from grasp.model.modes import evaluating, given, is_linear, unfused, unwrapped_name
+from grasp.model.sharding import gathered
 
 PROBE_TOKEN = 1
 
@@ -35,6 +36,7 @@ def inspect(model: nn.Module) -> Architecture:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = config.hidden_size
     name, blocks = _find_blocks(model)
+    name = unwrapped_name(name)
     linears = [_linears(f"{name}.{i}", block) for i, block in enumerate(blocks)]
     for i, block in enumerate(blocks):
         _refuse_unknown(f"{name}.{i}", block, linears[i])
@@ -114,6 +116,7 @@ def _run_token(model: nn.Module, handles: list[RemovableHandle]) -> None:
 def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules(prefix=prefix):
+        name = unwrapped_name(name)
         inside = any(name.startswith(outer + ".") for outer in found)
         if not inside and is_linear(getattr(module, "base_layer", module)):
             found[name] = module
@@ -126,9 +129,9 @@ def _outside(
     """Linear maps in no block that a LoRA is trained on: a head, a projection of embeddings."""
     known = {id(m) for found in linears for m in found.values()}
     return {
-        name: module
+        unwrapped_name(name): module
         for name, module in model.named_modules()
-        if not name.startswith(blocks + ".")
+        if not unwrapped_name(name).startswith(blocks + ".")
         and id(module) not in known
         and is_linear(getattr(module, "base_layer", module))
         and any(
@@ -269,8 +272,9 @@ def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix |
     norm = trace.norm_of.get(id(module))
     if norm is None:
         return Matrix(name, module, "writer", taken=trace.taken[id(module)])
-    device = next(norm.parameters()).device
-    with torch.no_grad():  # an RMS norm maps ones to its weight, whatever it adds to that weight
+    # An RMS norm maps ones to its weight, whatever it adds to that weight.
+    with torch.no_grad(), gathered(norm):
+        device = next(norm.parameters()).device
         ones = torch.ones(1, width, device=device, dtype=norm.weight.dtype)
         scale, double = norm(ones).float()[0], norm(-ones).float()[0]
     if not torch.allclose(scale, -double):  # a norm with a bias or a mean

@@ -6,6 +6,7 @@ and a basis that differs moves the copies apart.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -32,10 +33,36 @@ def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for tensor in tensors:
         if id(tensor) not in found:
-            box = [tensor.detach().cpu()]
-            dist.broadcast_object_list(box, src=0)
-            found[id(tensor)] = box[0].to(tensor.device)
+            found[id(tensor)] = object_from_first(tensor.detach().cpu()).to(tensor.device)
     return [found[id(tensor)] for tensor in tensors]
+
+
+def object_from_first(thing: Any) -> Any:
+    """The first process's; every process must call this."""
+    box = [thing]
+    if several():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes what all have."""
+    return not several() or dist.get_rank() == 0
+
+
+def wait() -> None:
+    """For all processes to come here."""
+    if several():
+        dist.barrier()
+
+
+def on_all(flags: Sequence[bool]) -> list[bool]:
+    """Which of the flags every process has set; each must call this, with as many."""
+    if not several():
+        return list(flags)
+    found: list[list[bool]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, list(flags))
+    return [all(of_each) for of_each in zip(*found, strict=True)]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -44,19 +71,3 @@ def unwrapped(model: nn.Module) -> nn.Module:
         return unwrapped(model._orig_mod)
     wrappers = (DistributedDataParallel, DataParallel)
     return unwrapped(model.module) if isinstance(model, wrappers) else model
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse a model of whose weights each process holds a part.
-
-    Raises:
-        ValueError: names the first such weight, or FSDP.
-    """
-    split = [name for name, p in model.named_parameters() if hasattr(p, "to_local")]  # DTensor
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        split = split or ["a weight under FullyShardedDataParallel"]
-    if split:
-        raise ValueError(
-            f"{split[0]} is split over processes (FSDP, tensor parallel), and a projection needs "
-            "whole columns; train with DDP, which suits a LoRA, or in one process"
-        )
