@@ -71,7 +71,8 @@ class Gradients:
         """Project what no backward pass's end did, so that a step never sees it."""
         if processes.several():  # DDP may put its average over what was projected (checkpointing)
             marks = self._done.items()
-            self.pending += [g for g in self.guarded if (id(g), _mark(g)) not in marks]
+            whole = [g for g in self.guarded if not g.weight.split]
+            self.pending += [g for g in whole if (id(g), _mark(g)) not in marks]
         if self.pending:
             self.project()
 
