@@ -25,7 +25,7 @@ def test_zero_at_the_start_and_positive_after():
 
 def test_a_fine_tunes_continuations_are_compared_with_the_base():
     model, tuned = build(), build(seed=1)
-    drifted = grasp.draw(tuned, PROMPTS, tokens=3, batch=4)
+    drifted = grasp.draw(tuned, PROMPTS, tokens=3)
     for (ids, labels), row in zip(drifted, PROMPTS, strict=True):
         assert ids[: len(row)] == row and labels[len(row) :] == ids[len(row) :]
     alone = Reference(model, PROMPTS, tokens=3, batch=4)
@@ -108,3 +108,18 @@ def test_samples_are_fixed_by_the_seed():
     back = Reference.from_state_dict(a.state_dict(), a.batch)
     assert back.sample() == b.sample()
     assert back.measure(build(seed=1)) == a.measure(build(seed=1))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+def test_what_is_drawn_does_not_depend_on_what_runs_beside_it(monkeypatch, family):
+    model = build(family)
+    mixed = [list(range(3, 3 + n)) for n in (9, 2, 5, 2, 14, 1)]
+    together = grasp.draw(model, mixed, tokens=6)
+    monkeypatch.setattr("grasp.data.drawing.TOGETHER", 1)
+    assert grasp.draw(model, mixed, tokens=6) == together
+    assert grasp.draw(model, mixed[:3], tokens=6) == together[:3]
+    for (ids, labels), row in zip(together, mixed, strict=True):
+        said = ids[len(row) :]
+        assert ids[: len(row)] == row and labels == [-100] * len(row) + said
+        assert len(said) == 6 or said[-1] == 2  # an end token ends it early
+        assert 2 not in said[:-1]

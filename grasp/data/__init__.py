@@ -1,6 +1,8 @@
 """Rows to train on, unlabelled prompts, and how far a model has moved on them."""
 
-from grasp.data.reference import Continued, Reference, draw, tokenized
+from grasp.data.drawing import Continued, draw
+from grasp.data.prompts import tokenized
+from grasp.data.reference import Reference
 from grasp.data.rows import (
     IGNORED,
     Row,

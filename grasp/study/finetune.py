@@ -200,7 +200,6 @@ def _continued(model: nn.Module, tokenizer, settings: Settings) -> list[Continue
             data.read_prompts(settings.reference),
             tokenizer,
             tokens=settings.tokens,
-            batch=settings.batch,
             seed=settings.seed,
         )
 

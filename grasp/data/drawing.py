@@ -1,0 +1,136 @@
+"""Continuations of prompts, drawn from a model.
+
+    u ~ U(0, 1), the token t with the least Σ_{s ≤ t} p(s) > u
+
+The u of a prompt come from the seed and its place alone, so that what is drawn does not depend on
+which prompts run side by side.
+"""
+
+import inspect
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from grasp.data.prompts import tokenized
+from grasp.data.rows import IGNORED
+from grasp.model import evaluating, processes, sharding
+
+Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
+TOGETHER = 64  # prompts that run side by side
+
+
+def draw(
+    model: nn.Module,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    tokenizer=None,
+    *,
+    tokens: int = 96,
+    seed: int = 0,
+) -> list[Continued]:
+    """Each prompt with a continuation drawn from the model, up to an end token.
+
+    Args:
+        model: any decoder, in its own dtype and on its own device.
+        prompts, tokenizer: as `Reference`.
+        tokens: the most that are drawn for each.
+        seed: of what is drawn.
+
+    Returns:
+        For each prompt its token ids with the continuation's, and labels, -100 on the prompt.
+
+    Raises:
+        ValueError: no prompts, strings without a tokenizer, ids that the model does not know, or
+            more tokens than it takes.
+    """
+    rows = tokenized(prompts, tokenizer)
+    if sharding.is_split(model):  # processes that ran it on other prompts would wait for ever
+        rows = processes.object_from_first(rows)
+    _check_ids(model, rows, tokens)
+    drawn = torch.rand(len(rows), tokens, generator=torch.Generator().manual_seed(seed))
+    answers: dict[int, list[int]] = {}
+    with evaluating(model), torch.no_grad():
+        for chosen in _together(rows, tokens):
+            found = _continued(model, [rows[i] for i in chosen], drawn[chosen])
+            answers |= dict(zip(chosen, found, strict=True))
+    return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
+
+
+def _together(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
+    """Which rows run side by side: of like length, so that few steps only read a prompt."""
+    waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    while waiting:
+        longest = len(rows[waiting[0]]) + tokens
+        chosen = [i for i in waiting[:TOGETHER] if len(rows[i]) <= longest]
+        waiting = waiting[len(chosen) :]
+        yield chosen
+
+
+def _continued(model: nn.Module, rows: Sequence[Sequence[int]], drawn: Tensor) -> list[list[int]]:
+    """What the model says after each row: `drawn [rows, tokens]` picks it.
+
+    All are read from the shortest row's end on, a token of each at a time: the next of its own, or
+    one that is picked. So rows of any lengths share a cache, and none is padded.
+    """
+    tokens, lengths = drawn.shape[1], torch.tensor([len(row) for row in rows])
+    text = torch.zeros(len(rows), int(lengths.max()) + tokens, dtype=torch.long)
+    for line, row in zip(text, rows, strict=True):
+        line[: len(row)] = torch.tensor(row)
+    device, last = next(model.parameters()).device, _last_logits(model)
+    ends, over = _ends(model), torch.zeros(len(rows), dtype=torch.bool)
+    cache, ran, at = None, 0, int(lengths.min())
+    while not over.all():
+        step = text[:, ran:at].to(device)
+        out = model(input_ids=step, past_key_values=cache, use_cache=True, **last)
+        cache = getattr(out, "past_key_values", None)
+        ran = at if cache is not None else 0  # a model without such a cache reads all again
+        count = at - lengths  # of each row's tokens that are drawn so far
+        asked = drawn.gather(1, count.clamp(0, tokens - 1)[:, None])
+        (picked,) = processes.from_first([_pick(out.logits[:, -1], asked.to(device)).cpu()])
+        text[:, at] = torch.where(count < 0, text[:, at], picked)
+        over |= (count >= 0) & (torch.isin(text[:, at], ends) | (count + 1 >= tokens))
+        at += 1
+    said = [line[n : n + tokens] for line, n in zip(text, lengths.tolist(), strict=True)]
+    return [line[: _first(torch.isin(line, ends)) + 1].tolist() for line in said]
+
+
+def _pick(logits: Tensor, drawn: Tensor) -> Tensor:
+    """The tokens `[rows]` of logits `[rows, vocabulary]` at which the shares reach `drawn`."""
+    shares = logits.float().softmax(-1).cumsum(-1)
+    return torch.searchsorted(shares, drawn * shares[:, -1:], right=True).clamp_max(
+        logits.shape[1] - 1
+    )[:, 0]
+
+
+def _first(found: Tensor) -> int:
+    """Where the first True is; the last place if there is none."""
+    return int(found.int().argmax()) if bool(found.any()) else len(found) - 1
+
+
+def _ends(model: nn.Module) -> Tensor:
+    end = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
+
+
+def _last_logits(model: nn.Module) -> dict[str, int]:
+    """What asks a model for the last position's logits alone, where it can be asked."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = inspect.signature(inner.forward).parameters
+    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+
+
+def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:
+    known = model.get_input_embeddings().weight.shape[0]
+    config = model.config.get_text_config()
+    longest = getattr(config, "max_position_embeddings", None) or float("inf")
+    for i, row in enumerate(rows):
+        if not all(0 <= t < known for t in row):
+            raise ValueError(
+                f"reference[{i}] has token ids outside the model's {known}; give those of its own "
+                "tokenizer"
+            )
+        if len(row) + tokens > longest:
+            raise ValueError(
+                f"reference[{i}] is {len(row)} tokens long, and with {tokens} that are drawn it is "
+                f"longer than the model's {longest}; leave it out, or give fewer tokens"
+            )
