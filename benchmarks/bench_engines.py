@@ -227,7 +227,9 @@ def killed(engine: Engine, weights: str, out: Path, takes: float, kills: int, dr
             os.kill(process, signal.SIGKILL)
             os.waitpid(process, 0)
         struck += bool(waiting)
-        if not waiting:
+        if not waiting and struck < kills:  # it had ended: again, then
+            shutil.rmtree(out / "kept")
+        elif not waiting:
             return [torch.load(out / f"{r}.pt") for r in range(engine.processes)], struck
 
 

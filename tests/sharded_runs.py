@@ -108,6 +108,8 @@ def run(case: Case, steps: int = 4, keep_at: int = 0, to=None, resume=None, guar
         if n + 1 == keep_at:
             save(model, optimizer, to)
             guard.save(to / "guard.safetensors")
+            own = to / f"own-{dist.get_rank() if dist.is_initialized() else 0}"
+            guard.save(own / "guard.safetensors", everyone=True)
     averages = {
         n: _full(optimizer.state[p]["ax"])
         for n, p in model.named_parameters()

@@ -57,7 +57,12 @@ def two(tmp_path_factory) -> dict:
     first, second = together(_two, folder)
     alone = first["alone"] | second["alone"]
     alone["two to one"] = runs.run(RESUMED, resume=folder / "two")
-    return {"alone": alone, "split": (first["split"], second["split"]), "both": (first, second)}
+    return {
+        "folder": folder,
+        "alone": alone,
+        "split": (first["split"], second["split"]),
+        "both": (first, second),
+    }
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -119,6 +124,14 @@ def test_resumed_bit_for_bit(two):
         saved, resumed = found["saved"], found["two to two"]
         assert all(torch.equal(W, resumed["after"][n]) for n, W in saved["after"].items())
         assert saved["certificate"] == resumed["certificate"]
+
+
+def test_one_writes_or_each(two):
+    """A state of the guard is the same whoever writes it."""
+    folder = two["folder"] / "two"
+    for name in ("guard.safetensors", "guard_inputs.safetensors"):
+        written = {p.read_bytes() for p in folder.glob(f"**/{name}")}
+        assert len(written) == 1 and len(list(folder.glob(f"**/{name}"))) == 3
 
 
 @pytest.mark.parametrize("name", ["two to one", "one to two"])
