@@ -76,15 +76,14 @@ def _check(case: Case, first: dict, second: dict, alone: dict) -> None:
     assert outputs <= LIMIT and inputs <= LIMIT
     assert first["certificate"]["holds"]
     assert first["certificate"]["through"] == pytest.approx(max(outputs, inputs), rel=0.1)
-    assert {n: U.shape for n, U in first["bases"].items()} == {
-        n: U.shape for n, U in alone["bases"].items()
-    }
+    assert first["bases"].keys() == alone["bases"].keys()
     for n, W in first["after"].items():
         assert torch.equal(W, second["after"][n])
     assert all(torch.equal(U, second["bases"][n]) for n, U in first["bases"].items())
     assert first["certificate"] == second["certificate"]
-    if case.close is None:
+    if case.close is None:  # what bf16 draws, and takes in, is a little other
         return
+    assert all(U.shape == alone["bases"][n].shape for n, U in first["bases"].items())
     assert runs.distance(alone, first) <= case.close
     assert first["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     for n, module in first["certificate"]["modules"].items():
