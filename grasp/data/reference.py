@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.data.rows import IGNORED, pad, prompt_ids, read_prompts
-from grasp.model import evaluating
+from grasp.model import evaluating, partitions, processes
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
@@ -175,7 +175,7 @@ def draw(
 
 
 def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:
-    known = model.get_input_embeddings().weight.shape[0]
+    known = partitions.shape(model.get_input_embeddings().weight)[0]
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     for i, row in enumerate(rows):
@@ -203,6 +203,8 @@ def _drawn(
         out = model(input_ids=step, past_key_values=cache, use_cache=True)
         # Drawn on the CPU, so that a seed means the same tokens on every device.
         drawn = out.logits[:, -1].float().softmax(-1).cpu().multinomial(1, generator=generator)
+        # The last bit of a probability may differ, and a forward pass may take all processes.
+        (drawn,) = processes.from_first([drawn])
         found = torch.cat([found, drawn], 1)
         cache = getattr(out, "past_key_values", None)
         # A model without such a cache is given all of the text again.

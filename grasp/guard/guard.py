@@ -13,7 +13,6 @@ and U may grow during training: every few steps the leading left singular vector
 gradient of KL(base ‖ model) on the prompts join it.
 """
 
-import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -31,9 +30,12 @@ from grasp.guard import checks
 from grasp.guard.certificate import certificate, finite
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged
+from grasp.guard.kinds import weights_of
+from grasp.guard.residual import hook_residual
 from grasp.guard.state import load, save
 from grasp.guard.steps import Steps, averages, in_backward, innermost
 from grasp.guard.weights import Whole
+from grasp.guard.zero import Zero, ZeroGradients, ZeroSteps, find
 from grasp.model import Architecture, Trained, inspect, processes
 from grasp_kernels.autocast import set_aside
 
@@ -45,7 +47,8 @@ class Guard:
     all that it attached.
 
     Args:
-        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights.
+        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights; DeepSpeed's
+            engine of one, whose optimizer is known then.
         subspaces: bases in the residual stream, as `discover` finds them.
         optimizer: pin the weights after each of its steps, which makes the guard exact under any
             optimizer; without it the gradients alone are projected, and AdamW's scaling leaks.
@@ -94,6 +97,7 @@ class Guard:
         """Where the bases of inputs were last saved."""
         self.steps = 0
         self.gradients = Gradients(self.guarded, model)
+        self.zero: Zero | None = None
         self._handles: list = []
         self._steps = Steps()
         self._parameters: list[nn.Parameter] = []  # of the model, and which ask for gradients
@@ -127,20 +131,22 @@ class Guard:
             raise RuntimeError("this guard is attached already; detach it first")
         with set_aside():  # the model is looked at as its weights are
             processes.refuse_sharded(self.model)
+            self.zero = find(self.wrapped, self.optimizer)
             if self.subspaces is not None:
                 self.subspaces.check(self.model)
             found = inspect(self.model)
             trained = found.trained()
-            checks.refuse_rounded(trained)
+            checks.refuse_rounded(trained, self.zero is not None)
             checks.refuse_dead_ends(found)
-            weights = {id(t.parameter): Whole(t) for t in [*trained, *found.reading()]}
+            weights = weights_of([*trained, *found.reading()], self.zero)
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None
             if state is None:
                 for weight in weights.values():
                     weight.remember()
             self.guarded = self._match(found, trained, weights)
-            self.gradients = Gradients(self.guarded, self.wrapped)
+            gradients = Gradients if self.zero is None else ZeroGradients
+            self.gradients = gradients(self.guarded, self.wrapped)
             held = {id(g.parameter) for g in self.guarded}
             self._named = {n: p for n, p in self.model.named_parameters() if id(p) in held}
             self._parameters = list(self.model.parameters())
@@ -238,6 +244,7 @@ class Guard:
         """
         self._check_guarded()
         Projections([g for g in self.guarded if g.basis.shape[1]], gradients=False)()
+        self.publish()
 
     @set_aside()
     def judge_by(self, state: Path | str) -> None:
@@ -248,16 +255,22 @@ class Guard:
         """
         load(self, Path(state), self._known)
 
-    def save(self, path: Path | str) -> Path:
+    @property
+    def split(self) -> bool:
+        """Whether weights are split over processes: all must ask for what the guard tells, then."""
+        return any(weight.split for weight in self._known)
+
+    def save(self, path: Path | str, *, everyone: bool = False) -> Path:
         """Write bases, pins, averages and the reference: what a resumed run must not make anew.
 
-        The bases of inputs lie in a file of their own beside it, which later states share.
+        The bases of inputs lie in a file of their own beside it, which later states share. Of a
+        model that is `split` every process calls this, and the first writes, or `everyone`.
 
         Raises:
             OSError: it can't be written; an older file stays as it was.
         """
         self.gradients.count()
-        return save(self, Path(path))
+        return save(self, Path(path), everyone)
 
     def _check_guarded(self) -> None:
         if not self.guarded:
@@ -283,7 +296,7 @@ class Guard:
 
         guarded = []
         for t in trained:
-            grows = self.growth is not None and self.growth.rank > 0 and t.parameter.ndim > 1
+            grows = self.growth is not None and self.growth.rank > 0 and len(t.shape) > 1
             if t.matrix.name not in bases and not grows:
                 continue
             size = t.matrix.out_features
@@ -306,14 +319,13 @@ class Guard:
     def _hook(self, found: Architecture) -> None:
         self._handles += self.gradients.hook()
         if self.residual:
-            _forget_compiled()
-            for block in found.blocks:
-                if block.index in self.subspaces:
-                    U = self.subspaces[block.index].to(next(block.module.parameters()).device)
-                    self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
+            self._handles += hook_residual(found, self.subspaces)
         partners = [g.trained.partner for g in self.guarded if g.partner]
         self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
-        if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
+        if self.zero is not None:
+            self._steps = ZeroSteps(self.zero)
+            self._handles.append(self._steps.after_all(self._after_all))
+        elif self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
             raise ValueError(
                 "optimizer holds none of the guarded parameters; pass the one that trains the "
                 "model, and none that steps inside the backward pass (layer-wise optimizers)"
@@ -332,17 +344,25 @@ class Guard:
 
     @set_aside()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        ended = self._steps.end(optimizer)
         self._watch(optimizer)
-        if self.optimizer is None and self.growth is None:
-            return  # gradients alone
-        self._pin(optimizer)
-        if not ended:
-            return
+        pins = not (self.optimizer is self.growth is self.zero is None)  # else gradients alone
+        if pins:
+            self._pin(optimizer)
+        if self._steps.end(optimizer) and pins:
+            self._after_all(optimizer)
+
+    @set_aside()
+    def _after_all(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
         if self.growth is not None and self.growth.after_step(self.model, self.guarded, self.steps):
             self._forget()
             self._pin(optimizer)
+            self.publish()
+
+    def publish(self) -> None:
+        """Let the weights follow what was written in their place."""
+        if self.zero is not None:
+            self.zero.publish()
 
     def _pin(self, optimizer: torch.optim.Optimizer) -> None:
         if self._weights is None:
@@ -380,18 +400,3 @@ class Guard:
         self.gradients.forget()
         self._weights = None
         self._averages.clear()
-
-
-def _forget_compiled() -> None:
-    """A graph that was compiled before does not call hooks that are new."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
-
-
-def _residual_hook(U: Tensor):
-    def hook(module, args, output):
-        if isinstance(output, tuple):
-            return (gk.project_gradient(output[0], U), *output[1:])
-        return gk.project_gradient(output, U)
-
-    return hook

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.model.modes import evaluating, is_quantised
+from grasp.model.partitions import gathered, shape
 
 PRODUCTS = ("ALora", "Velora", "MiCA")  # of PEFT's variants those that add B A x, if anything
 PROBES = 16  # the estimate of a norm is off by its root at most, a quarter
@@ -46,7 +47,8 @@ class Matrix:
         """‖W‖ of the pretrained weight; where it is none, from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
         weight = getattr(self.base, "weight", None)
         if isinstance(weight, Tensor) and not is_quantised(self.base):
-            return float(weight.detach().float().norm())
+            with gathered([weight]):
+                return float(weight.detach().float().norm())
         drawn = torch.rand(self.out_features, PROBES, generator=torch.Generator().manual_seed(0))
         return float(self.back(drawn.round() * 2 - 1).norm()) / PROBES**0.5
 
@@ -88,9 +90,14 @@ class Trained:
         return self.parameter if is_B else self.partner
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the parameter as a whole, wherever its parts lie."""
+        return shape(self.parameter)
+
+    @property
     def size(self) -> int:
         """d of a basis for this."""
-        return self.parameter.shape[0 if self.side == "left" else -1]
+        return self.shape[0 if self.side == "left" else -1]
 
 
 @dataclass(frozen=True)
@@ -140,7 +147,7 @@ class Architecture:
 
     def reading(self) -> list[Trained]:
         """The parameters of the same updates that act on the maps' inputs: LoRA A, or a weight."""
-        return [_reading(t) for t in self.trained() if t.parameter.ndim > 1]
+        return [_reading(t) for t in self.trained() if len(t.shape) > 1]
 
     def untracked(self) -> list[str]:
         """Trainable parameters that are neither `trained()` nor the A of a LoRA that is."""

@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from grasp.model.partitions import engine
+
 
 def several() -> bool:
     """Whether more than one process trains."""
@@ -38,12 +40,23 @@ def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [found[id(tensor)] for tensor in tensors]
 
 
+def is_first() -> bool:
+    """Whether this process is the one that writes what all have."""
+    return not several() or dist.get_rank() == 0
+
+
+def wait() -> None:
+    """For all processes to come here."""
+    if several():
+        dist.barrier()
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or what torch.compile gives."""
+    """The model inside DDP, DataParallel, DeepSpeed's engine or what torch.compile gives."""
     if hasattr(model, "_orig_mod"):  # of torch.compile
         return unwrapped(model._orig_mod)
     wrappers = (DistributedDataParallel, DataParallel)
-    return unwrapped(model.module) if isinstance(model, wrappers) else model
+    return unwrapped(model.module) if isinstance(model, wrappers) or engine(model) else model
 
 
 def refuse_sharded(model: nn.Module) -> None:
