@@ -12,7 +12,7 @@ from torch import Tensor
 from grasp import Guard
 from tests.models import PROMPTS, batch, build, subspaces, trainable, with_lora
 
-STEPS = 6
+STEPS = 5
 GROWTH = {"reference": PROMPTS, "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "grow": 1}
 ROWS = 4  # of a batch, over all processes and micro-batches
 SPLIT = {"stage3_param_persistence_threshold": 0}  # ZeRO-3 keeps small weights whole
@@ -156,7 +156,7 @@ def train(run: Run, guarded: bool = True) -> dict:
             found["bases"] = {n: b.cpu() for n, b in guard.bases.items()}
     found["start"], found["weights"] = begun, wholes(model)
     found["saved"] = wholes(model, masters=False)
-    assert "step" not in vars(engine.optimizer) or isinstance(engine.optimizer, torch.optim.Optimizer)
+    assert "step" not in vars(engine.optimizer) or run.stage == 0
     engine.destroy()
     return found
 

@@ -59,6 +59,7 @@ class Fragment(Whole):
         super().__init__(trained)
         self.zero, self.at = zero, places[process]
         self.columns = self.shape[-1]
+        self.height = self.shape.numel() // self.columns
         there = [p for p in places if p.numel]
         self.cut = any(p.numel < self.shape.numel() for p in there)
         inside = {p.start // self.columns for p in there if p.start % self.columns}
@@ -175,9 +176,9 @@ class Fragment(Whole):
         if side == "left":
             return T if self.cut else self.zero.total(T)
         if side == "right":
-            whole = T.new_zeros(self.shape.numel() // self.columns, T.shape[1])
+            whole = T.new_zeros(self.height, T.shape[1])
             whole[self.rows][self.whose] = T[self.whose]
-            return self.zero.total(whole).view(*self.shape[:-1], -1)
+            return self.zero.total(whole).view(*self.shape[:-1], T.shape[1])
         whole = T.new_zeros(self.shape.numel())
         whole[self.at.start : self.at.start + self.at.numel] = T.detach()
         return self.zero.total(whole).view(self.shape)
@@ -186,7 +187,7 @@ class Fragment(Whole):
         if side == "left":
             return T if self.cut or self.at.numel else torch.zeros_like(T)
         if side == "right":
-            return T.reshape(-1, T.shape[-1])[self.rows].clone()
+            return T.reshape(self.height, T.shape[-1])[self.rows].clone()
         return T.reshape(-1).narrow(0, self.at.start if self.at.numel else 0, self.at.numel).clone()
 
     def now(self) -> Tensor:

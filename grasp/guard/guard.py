@@ -47,8 +47,7 @@ class Guard:
     all that it attached.
 
     Args:
-        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights; DeepSpeed's
-            engine of one, whose optimizer is known then.
+        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights, or its engine.
         subspaces: bases in the residual stream, as `discover` finds them.
         optimizer: pin the weights after each of its steps, which makes the guard exact under any
             optimizer; without it the gradients alone are projected, and AdamW's scaling leaks.
@@ -88,8 +87,8 @@ class Guard:
         if subspaces is None and self.growth.read == self.growth.rank == 0:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         self.wrapped, self.model = model, processes.unwrapped(model)
-        self.subspaces, self.optimizer = subspaces, optimizer
-        self.residual, self.indirect = residual, indirect
+        self.subspaces, self.residual, self.indirect = subspaces, residual, indirect
+        self.optimizer = optimizer
         self.guarded: list[Guarded] = []
         self.uncovered: list[str] = []
         """Parameters that began to train after the guard was attached."""
@@ -145,14 +144,13 @@ class Guard:
                 for weight in weights.values():
                     weight.remember()
             self.guarded = self._match(found, trained, weights)
-            gradients = Gradients if self.zero is None else ZeroGradients
-            self.gradients = gradients(self.guarded, self.wrapped)
+            kind = Gradients if self.zero is None else ZeroGradients
+            self.gradients = kind(self.guarded, self.wrapped)
             held = {id(g.parameter) for g in self.guarded}
             self._named = {n: p for n, p in self.model.named_parameters() if id(p) in held}
             self._parameters = list(self.model.parameters())
             self._asked = [p.requires_grad for p in self._parameters]
-            self._watched = {}
-            self.uncovered = []
+            self._watched, self.uncovered = {}, []
             checks.tell_open(found, trained, self.guarded)
             if state is not None:
                 load(self, Path(state), self._known)
