@@ -29,7 +29,7 @@ RUNS = {
     "ZeRO-3 on all weights": Run(3, SPLIT, full=True),
     "ZeRO-3 on given subspaces": Run(3, SPLIT, by="subspaces"),
     "ZeRO-3 on an adapter that goes on": Run(3, SPLIT, goes_on=True),
-    "stage 0": Run(0),
+    "stage 0": Run(0, by="subspaces"),
 }
 ROUNDED = {
     "ZeRO-1 in bf16": Run(1, about=IN_FP32),

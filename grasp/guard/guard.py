@@ -35,7 +35,7 @@ from grasp.guard.residual import hook_residual
 from grasp.guard.state import load, save
 from grasp.guard.steps import Steps, averages, in_backward, innermost
 from grasp.guard.weights import Whole
-from grasp.guard.zero import Zero, ZeroGradients, ZeroSteps, find
+from grasp.guard.zero import Zero, ZeroGradients, ZeroSteps, find, optimizer_of
 from grasp.model import Architecture, Trained, inspect, processes
 from grasp_kernels.autocast import set_aside
 
@@ -88,7 +88,7 @@ class Guard:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         self.wrapped, self.model = model, processes.unwrapped(model)
         self.subspaces, self.residual, self.indirect = subspaces, residual, indirect
-        self.optimizer = optimizer
+        self.optimizer = optimizer_of(model, optimizer)
         self.guarded: list[Guarded] = []
         self.uncovered: list[str] = []
         """Parameters that began to train after the guard was attached."""

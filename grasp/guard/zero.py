@@ -217,6 +217,11 @@ class Undo:
             del self.optimizer.step
 
 
+def optimizer_of(model: nn.Module, optimizer: Any = None) -> Any:
+    """The optimizer, or that of the engine that a model is in."""
+    return model.optimizer if optimizer is None and partitions.engine(model) else optimizer
+
+
 def find(model: nn.Module, optimizer: Any = None) -> Zero | None:
     """What trains a model, if that is DeepSpeed's ZeRO; else None.
 
