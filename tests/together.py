@@ -1,5 +1,6 @@
 """Several real processes that work together, by gloo."""
 
+import multiprocessing
 import os
 import socket
 
@@ -7,13 +8,17 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Imported once, in a process that others are forked from: it has run nothing and has no threads.
+multiprocessing.set_forkserver_preload(["transformers", "peft", "accelerate", "tests.models"])
+
 
 def together(work, folder, *args, count: int = 2) -> list:
     """What `work(rank, folder, *args)` returned in each of the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(_process, (work, folder, port, count, args), nprocs=count)
+    arguments = (work, folder, port, count, args)
+    mp.start_processes(_process, arguments, nprocs=count, start_method="forkserver")
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
 
 

@@ -29,6 +29,9 @@ class Growing(Protocol):
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
 
+    def laid(self, G: Tensor) -> Tensor:
+        """What this process keeps of a gradient."""
+
     def drift(self) -> Tensor | None:
         """The average, of the parameter's shape."""
 
@@ -191,7 +194,7 @@ class Growth:
         finite = processes.on_all([D is not None and bool(D.isfinite().all()) for D in gradients])
         for g, D, counts in zip(growing, gradients, finite, strict=True):
             if counts:
-                D = D.float()
+                D = g.laid(D.float())
                 g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
 
     def _divergence(self, model: nn.Module, step: int) -> Tensor:
@@ -221,7 +224,7 @@ class Growth:
 
 
 def _has_room(g: Growing, rank: int) -> bool:
-    if g.trained.holds == "inputs" or g.trained.parameter.ndim == 1:
+    if g.trained.holds == "inputs" or len(g.trained.shape) == 1:
         return False
     return g.basis.shape[1] < min(rank, g.basis.shape[0])
 
@@ -267,7 +270,7 @@ def _elsewhere(guarded: Sequence[Growing]) -> dict[str, Growing]:
     """
     kinds: dict[tuple, list[Growing]] = {}
     for g in guarded:
-        kind = (re.sub(r"\.\d+\.", ".", g.trained.name), g.trained.holds, g.trained.parameter.shape)
+        kind = (re.sub(r"\.\d+\.", ".", g.trained.name), g.trained.holds, g.trained.shape)
         kinds.setdefault(kind, []).append(g)
     if lone := [like[0].trained.name for like in kinds.values() if len(like) == 1]:
         raise ValueError(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from grasp.data.prompts import tokenized
 from grasp.data.rows import IGNORED
-from grasp.model import evaluating, processes, sharding
+from grasp.model import evaluating, partitions, processes, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 TOGETHER = 64  # prompts that run side by side
@@ -120,7 +120,7 @@ def _last_logits(model: nn.Module) -> dict[str, int]:
 
 
 def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:
-    known = model.get_input_embeddings().weight.shape[0]
+    known = partitions.shape(model.get_input_embeddings().weight)[0]
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     for i, row in enumerate(rows):

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from grasp.guard.guarded import Guarded, Projections
-from grasp.model import processes
+from grasp.model import partitions, processes
 
 
 class Gradients:
@@ -100,6 +100,12 @@ class Gradients:
 
     def _after_backward(self) -> None:
         self._graph = -1
+        if any(partitions.partitioned(g.parameter) for g in self.pending):
+            raise RuntimeError(
+                "DeepSpeed took the model over after the guard was attached and moves copies of "
+                "its weights that the guard does not know; attach it after deepspeed.initialize, "
+                "or accelerator.prepare, to what that returned"
+            )
         if not _last_micro_batch(self.model):
             return
         # DDP averages in a callback that was queued after this one; what is queued now comes last.

@@ -30,11 +30,13 @@ from grasp.guard import checks
 from grasp.guard.certificate import certificate, finite
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged
-from grasp.guard.kinds import weight_of
+from grasp.guard.kinds import weights_of
 from grasp.guard.residual import hook_residual
 from grasp.guard.state import load, save
 from grasp.guard.steps import Steps, averages, in_backward, innermost
+from grasp.guard.watch import Watch
 from grasp.guard.weights import Whole
+from grasp.guard.zero import Zero, ZeroGradients, ZeroSteps, find, optimizer_of
 from grasp.model import Architecture, Trained, inspect, processes, sharding
 from grasp_kernels.autocast import set_aside
 
@@ -46,7 +48,7 @@ class Guard:
     all that it attached.
 
     Args:
-        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights.
+        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights, or its engine.
         subspaces: bases in the residual stream, as `discover` finds them.
         optimizer: pin the weights after each of its steps, which makes the guard exact under any
             optimizer; without it the gradients alone are projected, and AdamW's scaling leaks.
@@ -86,20 +88,17 @@ class Guard:
         if subspaces is None and self.growth.read == self.growth.rank == 0:
             raise ValueError("read and rank are 0 without subspaces: nothing is blocked; set one")
         self.wrapped, self.model = model, processes.unwrapped(model)
-        self.subspaces, self.optimizer = subspaces, optimizer
-        self.residual, self.indirect = residual, indirect
+        self.subspaces, self.residual, self.indirect = subspaces, residual, indirect
+        self.optimizer = optimizer_of(model, optimizer)
         self.guarded: list[Guarded] = []
-        self.uncovered: list[str] = []
-        """Parameters that began to train after the guard was attached."""
+        self.watch = Watch(self.model)
         self.inputs_file: Path | None = None
         """Where the bases of inputs were last saved."""
         self.steps = 0
         self.gradients = Gradients(self.guarded, model)
+        self.zero: Zero | None = None
         self._handles: list = []
         self._steps = Steps()
-        self._parameters: list[nn.Parameter] = []  # of the model, and which ask for gradients
-        self._asked: list[bool] = []
-        self._watched: dict[int, tuple] = {}  # what was seen at each optimizer's last step
         self._known: list[Whole] = []
         self._named: dict[str, nn.Parameter] = {}  # what is guarded, by the model's own names
         self._weights: Projections | None = None
@@ -129,26 +128,25 @@ class Guard:
         with set_aside():  # the model is looked at as its weights are
             sharding.reshard(self.model)
             sharding.refuse(self.model)
+            self.zero = find(self.wrapped, self.optimizer)
             if self.subspaces is not None:
                 self.subspaces.check(self.model)
             found = inspect(self.model)
             trained = found.trained()
-            checks.refuse_rounded(trained)
+            checks.refuse_rounded(trained, self.zero is not None)
             checks.refuse_dead_ends(found)
-            weights = {id(t.parameter): weight_of(t) for t in [*trained, *found.reading()]}
+            weights = weights_of([*trained, *found.reading()], self.zero)
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None
             if state is None:
                 for weight in weights.values():
                     weight.remember()
             self.guarded = self._match(found, trained, weights)
-            self.gradients = Gradients(self.guarded, self.wrapped)
+            kind = Gradients if self.zero is None else ZeroGradients
+            self.gradients = kind(self.guarded, self.wrapped)
             held = {id(g.parameter) for g in self.guarded}
             self._named = {n: p for n, p in self.model.named_parameters() if id(p) in held}
-            self._parameters = list(self.model.parameters())
-            self._asked = [p.requires_grad for p in self._parameters]
-            self._watched = {}
-            self.uncovered = []
+            self.watch = Watch(self.model)
             checks.tell_open(found, trained, self.guarded)
             if state is not None:
                 load(self, Path(state), self._known)
@@ -213,7 +211,7 @@ class Guard:
         """
         self._check_guarded()
         self.gradients.count()
-        found = certificate(self.guarded, [*self.uncovered, *self.replaced()])
+        found = certificate(self.guarded, [*self.watch.uncovered, *self.replaced()])
         grows = self.growth is not None and self.growth.rank > 0
         found["stepped"] = bool(self.steps) or not (grows and self.gradients.came)
         found["holds"] = found["holds"] and found["stepped"]
@@ -243,6 +241,7 @@ class Guard:
         self._check_guarded()
         sharding.reshard(self.model)
         Projections([g for g in self.guarded if g.basis.shape[1]], gradients=False)()
+        self.publish()
 
     @set_aside()
     def judge_by(self, state: Path | str) -> None:
@@ -294,7 +293,7 @@ class Guard:
 
         guarded = []
         for t in trained:
-            grows = self.growth is not None and self.growth.rank > 0 and t.parameter.ndim > 1
+            grows = self.growth is not None and self.growth.rank > 0 and len(t.shape) > 1
             if t.matrix.name not in bases and not grows:
                 continue
             size = t.matrix.out_features
@@ -320,7 +319,10 @@ class Guard:
             self._handles += hook_residual(found, self.subspaces)
         partners = [g.trained.partner for g in self.guarded if g.partner]
         self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
-        if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
+        if self.zero is not None:
+            self._steps = ZeroSteps(self.zero)
+            self._handles.append(self._steps.after_all(self._after_all))
+        elif self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
             raise ValueError(
                 "optimizer holds none of the guarded parameters; pass the one that trains the "
                 "model, and none that steps inside the backward pass (layer-wise optimizers)"
@@ -339,13 +341,15 @@ class Guard:
 
     @set_aside()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        ended = self._steps.end(optimizer)
-        self._watch(optimizer)
-        if self.optimizer is None and self.growth is None:
-            return  # gradients alone
-        self._pin(optimizer)
-        if not ended:
-            return
+        self.watch.look(optimizer)
+        pins = not (self.optimizer is self.growth is self.zero is None)  # else gradients alone
+        if pins:
+            self._pin(optimizer)
+        if self._steps.end(optimizer) and pins:
+            self._after_all(optimizer)
+
+    @set_aside()
+    def _after_all(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
         if self.growth is None:
             return
@@ -354,6 +358,12 @@ class Guard:
         if grew:
             self._forget()
             self._pin(optimizer)
+            self.publish()
+
+    def publish(self) -> None:
+        """Let the weights follow what was written in their place."""
+        if self.zero is not None:
+            self.zero.publish()
 
     def _pin(self, optimizer: torch.optim.Optimizer) -> None:
         if self._weights is None:
@@ -365,27 +375,6 @@ class Guard:
             self._averages[id(optimizer)] = averaged(self.guarded, shown)
         for projector in self._averages[id(optimizer)]:
             projector()
-
-    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tell at once of what began to train after the guard was attached."""
-        held = sum(len(group["params"]) for group in optimizer.param_groups)
-        now = [p.requires_grad for p in self._parameters], held
-        if now == self._watched.setdefault(id(optimizer), now) == (self._asked, held):
-            return
-        known = {id(p) for p, asked in zip(self._parameters, self._asked, strict=True) if asked}
-        named = dict(self.model.named_parameters())
-        new = [n for n, p in named.items() if p.requires_grad and id(p) not in known]
-        self._parameters = list(named.values())
-        self._asked = [p.requires_grad for p in self._parameters]
-        self._watched = {id(optimizer): (self._asked, held)}
-        if new:
-            self.uncovered += new
-            warnings.warn(
-                f"{', '.join(new[:4])}{' …' if len(new) > 4 else ''} began to train after the "
-                "guard was attached and is not covered, so the certificate will not hold; unfreeze "
-                "or switch on all that trains before attaching",
-                stacklevel=6,
-            )
 
     def _forget(self) -> None:
         self.gradients.forget()

@@ -50,7 +50,7 @@ class Guarded:
     @classmethod
     def of(cls, trained: Trained, weight: Whole, partner: Whole | None, basis: Tensor) -> "Guarded":
         """Pinned to what the parameter did along the basis when training began."""
-        self = cls(trained, weight, partner, basis.to(trained.parameter.device), torch.empty(0))
+        self = cls(trained, weight, partner, basis.to(weight.local.device), torch.empty(0))
         self.pinned = self.coefficients(weight.start())
         return self
 
@@ -61,6 +61,11 @@ class Guarded:
     @property
     def parameter(self) -> nn.Parameter:
         return self.trained.parameter
+
+    @property
+    def device(self) -> torch.device:
+        """Where what this process holds of the weight lies."""
+        return self.weight.local.device
 
     @property
     def left(self) -> bool:
@@ -76,7 +81,7 @@ class Guarded:
         """Take back what `saved` gave."""
         for key in SAVED:
             t = saved.get(key)
-            on = "cpu" if key in ("total", "blocked") else self.parameter.device
+            on = "cpu" if key in ("total", "blocked") else self.device
             setattr(self, key, None if t is None else t.to(on))
         self.pinned = self.weight.own(self.pinned, self.trained.side)
         self.average = None if self.average is None else self.weight.own(self.average)
@@ -93,10 +98,15 @@ class Guarded:
         """The averaged drift gradient of the weight as a whole."""
         return None if self.average is None else self.weight.whole(self.average)
 
+    def laid(self, G: Tensor) -> Tensor:
+        """Of a gradient as `sharding.gradients` gives it what lies as `weight.local` does."""
+        return self.weight.laid(G)
+
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
+        basis = basis.to(self.device)
         added = basis[:, self.basis.shape[1] :]
-        self.basis = in_vectors(basis.to(self.parameter.device))
+        self.basis = in_vectors(basis)
         C = self.coefficients(self.weight.start(), added)
         self.pinned = torch.cat([self.pinned, C], 0 if self.left else -1)
 
@@ -163,14 +173,12 @@ class Change(NamedTuple):
 
 
 def _coefficients(weight: Whole, T: Tensor, basis: Tensor, side: Side) -> Tensor:
-    U = weight.part(basis, side)
-    T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
-    (C,) = weight.summed([U.mT.to(T) @ T if side == "left" else T @ U.to(T)], side)
+    (C,) = weight.summed([weight.times(T, basis, side)], side)
     return C
 
 
 def _now(weight: Whole) -> Tensor:
-    return _exact(weight.whole(weight.local))
+    return _exact(weight.now())
 
 
 def _began(weight: Whole) -> Tensor:
@@ -227,12 +235,12 @@ def averaged(guarded: Sequence[Guarded], shown: Callable[[Tensor], list[Tensor]]
     """Projectors of what stands beside the parameters and is held as they are.
 
     Args:
-        shown: of a parameter, the tensors of its shape that an optimizer keeps as weights.
+        shown: of what an optimizer holds, the tensors of its shape that it keeps as weights.
     """
     groups: dict[tuple, list[tuple[Tensor, Pin]]] = {}
     for g in guarded:
         for n, pin in enumerate(g.pins()):
-            for T in shown(pin.weight.trained.parameter):
+            for T in shown(pin.weight.stepped):
                 key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side)
                 groups.setdefault(key, []).append((T, pin))
     return [

@@ -1,13 +1,34 @@
 """Which kind a trained weight is of: the one place where that is chosen."""
 
+from grasp.guard.fragments import Fragment, Place
 from grasp.guard.weights import Whole
+from grasp.guard.zero import Zero
 from grasp.model import Trained
 
 
-def weight_of(trained: Trained) -> Whole:
-    """The weight as this process holds it."""
-    if hasattr(trained.parameter, "to_local"):
+def weights_of(trained: list[Trained], zero: Zero | None) -> dict[int, Whole]:
+    """The weights as this process holds them, by the ids of their parameters.
+
+    Args:
+        zero: what trains them, if that is DeepSpeed's.
+
+    Raises:
+        ValueError: names a weight that DeepSpeed trains elsewhere than it says.
+    """
+    distinct = list({id(t.parameter): t for t in trained}.values())
+    if zero is None:
+        return {id(t.parameter): _weight(t) for t in distinct}
+    places = zero.places([t.parameter for t in distinct])
+    found = [_weight(t, zero, at) for t, at in zip(distinct, places, strict=True)]
+    zero.refuse_elsewhere([w for w in found if isinstance(w, Fragment)])
+    return {id(w.trained.parameter): w for w in found}
+
+
+def _weight(t: Trained, zero: Zero | None = None, at: list[Place] | None = None) -> Whole:
+    if zero is not None and at is not None:
+        return Fragment(t, zero, at, zero.process)
+    if hasattr(t.parameter, "to_local"):
         from grasp.guard.sharded import Sharded  # DTensors are slow to import
 
-        return Sharded(trained)
-    return Whole(trained)
+        return Sharded(t)
+    return Whole(t)

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 import grasp_kernels as gk
-from grasp.guard.weights import Whole
+from grasp.guard.weights import Whole, product
 from grasp.model import Trained, sharding
 from grasp_kernels.arguments import Side
 from grasp_kernels.autocast import set_aside
@@ -124,7 +124,7 @@ class ShardedProjector:
         measure: bool,
     ):
         self.weights, self.tensors, self.measure = weights, tensors, measure
-        self.left, self.cut = side == "left", weights[0].cut(side)
+        self.side, self.cut = side, weights[0].cut(side)
         self.bases = [w.part(basis, side) for w, basis in zip(weights, bases, strict=True)]
         parts = self._parts(None)
         self.there = [i for i, T in enumerate(parts) if T.numel()]
@@ -175,11 +175,7 @@ class ShardedProjector:
         return [sharding.local(T) for T in given]
 
     def _coefficients(self, parts: Sequence[Tensor]) -> list[Tensor]:
-        found = []
-        for T, U in zip(parts, self.bases, strict=True):
-            T = T.to(torch.promote_types(T.dtype, torch.float32))
-            found.append(U.mT.to(T) @ T if self.left else T @ U.to(T))
-        return found
+        return [product(T, U, self.side) for T, U in zip(parts, self.bases, strict=True)]
 
 
 def _like(flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:

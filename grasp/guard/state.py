@@ -100,7 +100,7 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
     if _beside(path).exists():
         _load_inputs(inputs, _beside(path))
     else:
-        with _at_start(weights):
+        with _at_start(guard, weights):
             guard.growth.start(guard.model, inputs)
     for g in inputs:
         if (sketch := tensors.get(f"sketch.{g.name}")) is None:
@@ -159,7 +159,7 @@ def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
         raise ValueError(f"{path} holds no bases of inputs ({error})") from error
     moved: dict[tuple, Tensor] = {}
     for g in inputs:
-        key = same[g.name], g.parameter.device
+        key = same[g.name], g.device
         if key not in moved:
             moved[key] = in_vectors(bases[key[0]].to(key[1]))
         g.basis = g.basis[:, :0]
@@ -168,16 +168,18 @@ def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
 
 
 @contextmanager
-def _at_start(weights: Sequence[Whole]) -> Iterator[None]:
+def _at_start(guard: "Guard", weights: Sequence[Whole]) -> Iterator[None]:
     """Every trained weight as it was when training began: the base of the run."""
     now = [(w, w.local.detach().clone()) for w in weights]
     with torch.no_grad():
         for weight, _ in now:
             if weight.kept is not None or weight.trained.holds == "outputs":
                 weight.local.copy_(weight.start())
+    guard.publish()
     try:
         yield
     finally:
         with torch.no_grad():
             for weight, value in now:
                 weight.local.copy_(value)
+        guard.publish()

@@ -61,11 +61,6 @@ class GraspCallback(TrainerCallback):
             release_at_the_end(self, loop.trainer)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if getattr(args, "deepspeed", None):
-            raise ValueError(
-                "DeepSpeed steps its own flat copies of the weights, which the guard can't pin; "
-                "train with DDP, or without DeepSpeed"
-            )
         if (loop := calling()) is not None:
             go_first(self, loop.trainer)
             if release_at_the_end(self, loop.trainer) and loop.run is not None:
@@ -103,6 +98,7 @@ class GraspCallback(TrainerCallback):
             state.log_history[-1] |= found
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.guard.gradients.count()
         self.guard.detach()
         if not (self.guard.split or state.is_world_process_zero):
             return
@@ -133,7 +129,7 @@ class GraspCallback(TrainerCallback):
 
     def _measured(self) -> dict[str, float]:
         self.guard.gradients.count()
-        uncovered = [*self.guard.uncovered, *self.guard.replaced()]
+        uncovered = [*self.guard.watch.uncovered, *self.guard.replaced()]
         found = certificate(self.guard.guarded, uncovered)
         modules = found["modules"].values()
         measured = {

@@ -40,7 +40,12 @@ class Whole:
     @property
     def shape(self) -> torch.Size:
         """Of the weight as a whole."""
-        return self.trained.parameter.shape
+        return self.trained.shape
+
+    @property
+    def stepped(self) -> Tensor:
+        """What an optimizer holds for it."""
+        return self.trained.parameter
 
     def kind(self, side: Side) -> Hashable:
         """Equal for weights that one `projector` can take together, on this side."""
@@ -57,6 +62,18 @@ class Whole:
     def whole(self, T: Tensor, side: Side | None = None) -> Tensor:
         """Of what lies as `local` does the whole: a tensor, or coefficients along a basis."""
         return T
+
+    def now(self) -> Tensor:
+        """The weight as a whole, as the model holds it and as it is saved."""
+        return self.whole(self.local.detach())
+
+    def laid(self, G: Tensor) -> Tensor:
+        """Of a gradient as `sharding.gradients` gives it what lies as `local` does."""
+        return G
+
+    def times(self, T: Tensor, basis: Tensor, side: Side) -> Tensor:
+        """Coefficients along a basis of the weight as a whole, of this process's part `T` alone."""
+        return product(T, self.part(basis, side), side)
 
     def own(self, T: Tensor, side: Side | None = None) -> Tensor:
         """Of a whole the part that lies as `local` does: the way back from `whole`."""
@@ -100,3 +117,9 @@ class Whole:
     def _any(self, T: Tensor) -> bool:
         """Whether a parameter is other than 0 anywhere."""
         return bool(T.detach().any())
+
+
+def product(T: Tensor, basis: Tensor, side: Side) -> Tensor:
+    """Uᵀ T, or T U on the right side, in fp32 at least."""
+    T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
+    return basis.mT.to(T) @ T if side == "left" else T @ basis.to(T)

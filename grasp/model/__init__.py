@@ -1,6 +1,6 @@
 """A decoder: what it is made of, how it is loaded, and the processes that train it."""
 
-from grasp.model import processes, sharding
+from grasp.model import partitions, processes, sharding
 from grasp.model.architecture import (
     Architecture,
     Block,
@@ -28,6 +28,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "lora_update",
+    "partitions",
     "processes",
     "sharding",
     "unfused",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.model.modes import evaluating, is_quantised
+from grasp.model.partitions import shape
 from grasp.model.sharding import gathered
 
 PRODUCTS = ("ALora", "Velora", "MiCA")  # of PEFT's variants those that add B A x, if anything
@@ -93,9 +94,14 @@ class Trained:
         return self.parameter if is_B else self.partner
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the parameter as a whole, wherever its parts lie."""
+        return shape(self.parameter)
+
+    @property
     def size(self) -> int:
         """d of a basis for this."""
-        return self.parameter.shape[0 if self.side == "left" else -1]
+        return self.shape[0 if self.side == "left" else -1]
 
 
 @dataclass(frozen=True)
@@ -145,7 +151,7 @@ class Architecture:
 
     def reading(self) -> list[Trained]:
         """The parameters of the same updates that act on the maps' inputs: LoRA A, or a weight."""
-        return [_reading(t) for t in self.trained() if t.parameter.ndim > 1]
+        return [_reading(t) for t in self.trained() if len(t.shape) > 1]
 
     def untracked(self) -> list[str]:
         """Trainable parameters that are neither `trained()` nor the A of a LoRA that is."""

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
 from grasp.model.modes import evaluating, given, is_linear, unfused, unwrapped_name
+from grasp.model.partitions import shape
 from grasp.model.sharding import gathered
 
 PROBE_TOKEN = 1
@@ -143,9 +144,9 @@ def _outside(
 def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]) -> None:
     known = {id(p) for m in linears.values() for p in m.parameters()}
     for name, parameter in block.named_parameters(prefix=prefix):
-        if parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in known:
+        if parameter.requires_grad and len(shape(parameter)) > 1 and id(parameter) not in known:
             raise ValueError(
-                f"{name} {list(parameter.shape)} is trained, but in no linear map (a mixture of "
+                f"{name} {list(shape(parameter))} is trained, but in no linear map (a mixture of "
                 "experts, or a layer of another kind), so it can't be guarded; train the attention "
                 "alone, or the linear maps"
             )
@@ -220,7 +221,7 @@ def _code(module: nn.Module) -> Tensor:
 
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
+    return isinstance(weight, Tensor) and len(shape(weight)) == 1 and not list(module.children())
 
 
 def _understand(

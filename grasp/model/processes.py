@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from grasp.model.partitions import engine
+
 
 def several() -> bool:
     """Whether more than one process trains."""
@@ -66,8 +68,8 @@ def on_all(flags: Sequence[bool]) -> list[bool]:
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or what torch.compile gives."""
+    """The model inside DDP, DataParallel, DeepSpeed's engine or what torch.compile gives."""
     if hasattr(model, "_orig_mod"):  # of torch.compile
         return unwrapped(model._orig_mod)
     wrappers = (DistributedDataParallel, DataParallel)
-    return unwrapped(model.module) if isinstance(model, wrappers) else model
+    return unwrapped(model.module) if isinstance(model, wrappers) or engine(model) else model

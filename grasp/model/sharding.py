@@ -11,12 +11,14 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from grasp.model import partitions
+
 INSTEAD = "train with FSDP2 (torch's fully_shard; fsdp_version: 2 in accelerate's configuration)"
 
 
 def is_split(model: nn.Module) -> bool:
-    """Whether FSDP2 splits weights of the model."""
-    return bool(_units(model))
+    """Whether FSDP2 or ZeRO-3 splits weights of the model, so that a pass takes all processes."""
+    return bool(_units(model)) or any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def local(T: Tensor) -> Tensor:
@@ -33,7 +35,7 @@ def reshard(model: nn.Module) -> None:
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[None]:
-    """With whole weights in a module that is called alone, which FSDP2 does not see.
+    """With whole weights in a module that is read or called alone, which FSDP2 does not see.
 
     Every process must enter it.
     """
@@ -46,7 +48,8 @@ def gathered(module: nn.Module) -> Iterator[None]:
     for m, name, p in aside:
         m._parameters[name] = nn.Parameter(p.detach().full_tensor(), requires_grad=False)
     try:
-        yield
+        with partitions.gathered(module.parameters()):
+            yield
     finally:
         for m, name, p in aside:
             m._parameters[name] = p
@@ -63,7 +66,7 @@ def gradients(
     Raises:
         RuntimeError: none came.
     """
-    if not is_split(model):
+    if not _units(model):
         return list(torch.autograd.grad(loss(), parameters, allow_unused=True))
     reshard(model)
     aside = {p: p.grad for p in [*parameters, *model.parameters()] if p.requires_grad}
