@@ -28,11 +28,14 @@ def _fit(model, wrap, rows, seed: int = 0, steps: int = 6) -> dict:
             wrapped(**part).loss.backward()
             if step > 0:  # from then on no B is 0
                 shares.append(inside(guard))
+            torch.nn.utils.clip_grad_norm_(trainable(model), 0.5)
             optimizer.step()
             optimizer.zero_grad()
-        through = max(m["through"] for m in guard.leak().values())
+        leak = guard.leak()
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    return {"weights": weights, "inside": max(shares), "through": through}
+    through = max(m["through"] for m in leak.values())
+    blocked = {n: m["blocked"] for n, m in leak.items()}
+    return {"weights": weights, "inside": max(shares), "through": through, "blocked": blocked}
 
 
 def _averaged(rank: int, folder, seeds) -> dict:
@@ -52,6 +55,8 @@ def test_two_halves_train_as_one_whole(tmp_path):
     for found in (first, second):
         assert found["inside"] <= 1e-6
         assert found["through"] <= 1e-6
+        assert found["blocked"] == pytest.approx(alone["blocked"], rel=1e-2)  # clipped or not
+        assert max(found["blocked"].values()) > 0.1
 
 
 def test_bases_are_the_first_ranks(tmp_path):

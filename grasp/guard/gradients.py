@@ -55,26 +55,18 @@ class Gradients:
             torch.accelerator.current_stream(stream.device).wait_stream(stream)
         self._streams.clear()
         self.came = self.came or bool(self.pending)
-        came = {id(g) for g in self.pending if g.weight.gradient is not None}
+        came = {id(g) for g in self.pending}
         self.pending = []
-        held = [g for g in self.guarded if g.basis.shape[1] and id(g) in came]
-        if not held:
-            return
-        key = tuple(map(id, held))
-        if key not in self._laid:
-            self._laid[key] = Projections(held, gradients=True)
-        self._laid[key]()
-        if processes.several():
-            self._done = {id(g): _mark(g) for g in held}
+        self._project([g for g in self.guarded if id(g) in came])
 
     def before_step(self) -> None:
         """Project what no backward pass's end did, so that a step never sees it."""
+        if self.pending:
+            self.project()
         if processes.several():  # DDP may put its average over what was projected (checkpointing)
             marks = self._done.items()
             whole = [g for g in self.guarded if not g.weight.split]
-            self.pending += [g for g in whole if (id(g), _mark(g)) not in marks]
-        if self.pending:
-            self.project()
+            self._project([g for g in whole if (id(g), _mark(g)) not in marks], again=True)
 
     def count(self) -> None:
         """Add what was blocked since the last time to each parameter's count."""
@@ -86,6 +78,17 @@ class Gradients:
         self.count()
         self._laid.clear()
         self._done.clear()
+
+    def _project(self, came: Sequence[Guarded], again: bool = False) -> None:
+        held = [g for g in came if g.basis.shape[1] and g.weight.gradient is not None]
+        if not held:
+            return
+        key = again, *map(id, held)
+        if key not in self._laid:
+            self._laid[key] = Projections(held, gradients=True, again=again)
+        self._laid[key]()
+        if processes.several():
+            self._done |= {id(g): _mark(g) for g in held}
 
     def _collect(self, g: Guarded) -> None:
         if self._deaf:

@@ -15,6 +15,7 @@ from grasp_kernels.matrices import in_vectors
 
 SAVED = ("basis", "pinned", "average", "total", "blocked")
 SHARE = 1e-7  # of a factor's start: what it holds along a basis counts as nothing below
+ROUNDED = torch.finfo(torch.bfloat16).eps ** 2  # of a projected gradient's energy, still in a basis
 
 
 class Pin(NamedTuple):
@@ -204,16 +205,17 @@ class Projections:
         guarded: those whose bases are not empty.
         gradients: project gradients, and count what was blocked; else the parameters themselves,
             back to where they were pinned.
+        again: these may have been projected before, and are counted where they were not.
     """
 
-    def __init__(self, guarded: Sequence[Guarded], gradients: bool):
+    def __init__(self, guarded: Sequence[Guarded], gradients: bool, again: bool = False):
         groups: dict[tuple, list[tuple[Guarded, Pin]]] = {}
         for g in guarded:  # a weight that is kept off outputs and inputs is listed for each
             pins = [p for p in g.pins() if p.weight is g.weight or not gradients]
             for n, pin in enumerate(pins):
                 key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side)
                 groups.setdefault(key, []).append((g, pin))
-        self.gradients = gradients
+        self.gradients, self.again = gradients, again
         self.projectors = [
             (_projector([pin for _, pin in group], None, gradients), [g for g, _ in group])
             for group in groups.values()
@@ -227,6 +229,8 @@ class Projections:
         """Add what was blocked since the last time to each parameter's count."""
         for projector, group in self.projectors if self.gradients else ():
             for g, (total, blocked) in zip(group, projector.energies(), strict=True):
+                if self.again and float(blocked) <= ROUNDED * float(total):
+                    continue
                 g.total = total if g.total is None else g.total + total
                 g.blocked = blocked if g.blocked is None else g.blocked + blocked
 
