@@ -178,7 +178,7 @@ def test_more_is_drawn_while_held_out_prompts_are_held_less(monkeypatch):
 def test_too_few_prompts_are_told():
     model = build()
     with pytest.warns(UserWarning, match=r"of \d+ inputs hold less than read=0.99.*more prompts"):
-        bases(model, Reference(model, PROMPTS[:6], tokens=3), 0.99)
+        bases(model, Reference(model, [p[:2] for p in PROMPTS[:5]], tokens=1), 0.99)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         bases(*setting(), 0.5)

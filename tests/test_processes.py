@@ -1,13 +1,10 @@
 """Two real processes train copies of one model."""
 
 import json
-import os
-import socket
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from grasp import GraspCallback, Guard
@@ -15,29 +12,9 @@ from grasp.model import processes as ranks
 from grasp.study import finetune
 from grasp.study.settings import Settings
 from tests.models import PROMPTS, batch, build, inside, trainable, with_lora
+from tests.together import together
 
-RANKS = 2
 GROWTH = {"reference": PROMPTS, "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "grow": 1}
-
-
-def together(work, folder, *args) -> list:
-    """What `work(rank, folder, *args)` returned in each of two processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, (work, folder, port, args), nprocs=RANKS)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
-
-
-def _rank(rank: int, work, folder, port: int, args) -> None:
-    torch.set_num_threads(1)
-    where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
-    os.environ |= {k: str(v) for k, v in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    try:
-        torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
 
 
 def _fit(model, wrap, rows, seed: int = 0, steps: int = 6) -> dict:
@@ -51,11 +28,14 @@ def _fit(model, wrap, rows, seed: int = 0, steps: int = 6) -> dict:
             wrapped(**part).loss.backward()
             if step > 0:  # from then on no B is 0
                 shares.append(inside(guard))
+            torch.nn.utils.clip_grad_norm_(trainable(model), 0.5)
             optimizer.step()
             optimizer.zero_grad()
-        through = max(m["through"] for m in guard.leak().values())
+        leak = guard.leak()
     weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-    return {"weights": weights, "inside": max(shares), "through": through}
+    through = max(m["through"] for m in leak.values())
+    blocked = {n: m["blocked"] for n, m in leak.items()}
+    return {"weights": weights, "inside": max(shares), "through": through, "blocked": blocked}
 
 
 def _averaged(rank: int, folder, seeds) -> dict:
@@ -75,6 +55,8 @@ def test_two_halves_train_as_one_whole(tmp_path):
     for found in (first, second):
         assert found["inside"] <= 1e-6
         assert found["through"] <= 1e-6
+        assert found["blocked"] == pytest.approx(alone["blocked"], rel=1e-2)  # clipped or not
+        assert max(found["blocked"].values()) > 0.1
 
 
 def test_bases_are_the_first_ranks(tmp_path):
@@ -104,24 +86,15 @@ def test_one_line_in_a_trainer_under_two_processes(tmp_path):
     assert max(m["through"] for m in certificate["modules"].values()) <= 1e-6
 
 
-def _sharded(rank: int, folder) -> str:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    # As `torchrun grasp finetune` would: refused before the processes meet.
+def _refused(rank: int, folder) -> str:
     with pytest.raises(RuntimeError, match="one process") as pipeline:
         finetune.run(Settings(model="m", data="d", out=str(folder / "run")))
-    dist.init_process_group("gloo")
-    model = with_lora(build())
-    fully_shard(model, mesh=init_device_mesh("cpu", (RANKS,)))
-    with pytest.raises(ValueError, match="train with DDP") as refused:
-        Guard(model, **GROWTH).attach()
-    return f"{refused.value} {pipeline.value}"
+    return str(pipeline.value)
 
 
-def test_weights_split_over_processes_are_refused(tmp_path):
-    messages = together(_sharded, tmp_path)
-    assert all("is split over processes" in message for message in messages)
+def test_a_command_is_refused_before_processes_meet(tmp_path):
+    """As `torchrun grasp finetune` would."""
+    assert all(together(_refused, tmp_path))
     assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import grasp_kernels as gk
 from grasp.bases.start import Reading, kept_reference, known, random_like, start
 from grasp.data import Continued, Reference
-from grasp.model import Architecture, Trained, asking, evaluating, processes
+from grasp.model import Architecture, Trained, asking, evaluating, processes, sharding
 
 DIRECTIONS = ("drift", "random", "shuffled", "bottom")
 
@@ -24,10 +24,16 @@ class Growing(Protocol):
 
     trained: Trained
     basis: Tensor  # [d, k]
-    average: Tensor | None  # of the drift gradient, of the parameter's shape
+    average: Tensor | None  # of the drift gradient, of what this process holds of the parameter
 
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
+
+    def laid(self, G: Tensor) -> Tensor:
+        """What this process keeps of a gradient."""
+
+    def drift(self) -> Tensor | None:
+        """The average, of the parameter's shape."""
 
 
 def check(
@@ -186,11 +192,11 @@ class Growth:
         """Average the gradient of the divergence from the base on a few of the prompts."""
         parameters = [g.trained.parameter for g in growing]
         with evaluating(model), asking(parameters), torch.enable_grad():
-            divergence = self._divergence(model, step)
-            gradients = torch.autograd.grad(divergence, parameters, allow_unused=True)
-        for g, D in zip(growing, gradients, strict=True):
-            if D is not None and bool(D.isfinite().all()):
-                D = g.trained.of(D).float()
+            gradients = sharding.gradients(lambda: self._divergence(model, step), parameters, model)
+        finite = processes.on_all([D is not None and bool(D.isfinite().all()) for D in gradients])
+        for g, D, counts in zip(growing, gradients, finite, strict=True):
+            if counts:
+                D = g.trained.of(g.laid(D.float()))
                 g.average = D if g.average is None else torch.lerp(D, g.average, self.decay)
 
     def _divergence(self, model: nn.Module, step: int) -> Tensor:
@@ -220,7 +226,7 @@ class Growth:
 
 
 def _has_room(g: Growing, rank: int) -> bool:
-    if g.trained.holds == "inputs" or g.trained.parameter.ndim == 1:
+    if g.trained.holds == "inputs" or len(g.trained.shape) == 1:
         return False
     return g.basis.shape[1] < min(rank, g.basis.shape[0])
 
@@ -231,7 +237,8 @@ def _leading(g: Growing, count: int, source: Growing, bottom: bool = False) -> T
     For a control `source`, which has the average, is its like in another block, or the directions
     are the last that the average has, `bottom`.
     """
-    D = source.average if g.trained.side == "left" else source.average.mT  # [d_out, n]
+    D = source.drift()
+    D = D if g.trained.side == "left" else D.mT  # [d_out, n]
     D = D - g.basis @ (g.basis.mT @ D)
     if min(D.shape) > 256 and not bottom:
         U, S = _range(D, count + 4)
@@ -265,7 +272,7 @@ def _elsewhere(guarded: Sequence) -> dict:
     """
     kinds: dict[tuple, list[Growing]] = {}
     for g in guarded:
-        kind = (re.sub(r"\.\d+\.", ".", g.trained.name), g.trained.holds, g.trained.parameter.shape)
+        kind = (re.sub(r"\.\d+\.", ".", g.trained.name), g.trained.holds, g.trained.shape)
         kinds.setdefault(kind, []).append(g)
     if lone := [like[0].trained.name for like in kinds.values() if len(like) == 1]:
         raise ValueError(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import grasp_kernels as gk
 from grasp.bases.subspaces import Subspaces
-from grasp.model import Architecture, Block, Matrix, evaluating
+from grasp.model import Architecture, Block, Matrix, evaluating, partitions
 
 
 def matrix_bases(
@@ -105,11 +105,13 @@ def _hidden_bases(
 
     writers = {m.writer.name: m.writer for _, m in hidden}
     hooks = [m.module.register_forward_hook(keep_output(m.name)) for _, m in hidden]
-    hooks += [w.module.register_forward_pre_hook(keep_input(n)) for n, w in writers.items()]
+    hooks += [  # first: what an engine's own hooks make of an input ends in that engine
+        w.module.register_forward_pre_hook(keep_input(n), prepend=True) for n, w in writers.items()
+    ]
     device = next(model.parameters()).device
     if samples is None:
         generator = torch.Generator().manual_seed(0)
-        size = model.get_input_embeddings().weight.shape[0]
+        size = partitions.shape(model.get_input_embeddings().weight)[0]
         samples = torch.randint(size, (8, 16), generator=generator)
     try:
         with evaluating(model), torch.enable_grad():

@@ -15,7 +15,7 @@ from grasp.bases.cache import Entry, fingerprint, folder
 from grasp.bases.inputs import Read, input_bases
 from grasp.bases.spectrum import InputBasis
 from grasp.data import Reference, tokenized
-from grasp.model import Architecture, Trained, processes
+from grasp.model import Architecture, Trained, processes, sharding
 
 VERSION = 1  # of what is kept: raise it when what is found, or how, is another
 
@@ -53,7 +53,7 @@ def known(model: nn.Module) -> list | None:
 
     That is so in several processes, which would all have to find the same on their disks.
     """
-    if folder() is None or processes.several() or processes.is_sharded(model):
+    if folder() is None or processes.several() or sharding.is_split(model):
         return None
     return fingerprint(model)
 

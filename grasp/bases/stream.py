@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from grasp.model import Block, Matrix, evaluating, given, processes, unfused
+from grasp.model import Block, Matrix, evaluating, given, sharding, unfused
 
 See = Callable[[Tensor, "Batch"], None]
 Watched = tuple[Matrix, See, bool]  # what it takes in is shown; of an expert, only what it is sent
@@ -67,7 +67,7 @@ class Stream:
                 hooks.callback(hook.remove)
             self._run(rows[0])
         self._tuples = [isinstance(out, tuple) for out in outputs]
-        if len(inputs) != len(self.modules) or processes.is_sharded(self.model):
+        if len(inputs) != len(self.modules) or sharding.is_split(self.model):
             return
         batches = [Batch(ids, False) for ids in rows]
         batch = batches[0]

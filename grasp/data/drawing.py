@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from grasp.data.prompts import tokenized
 from grasp.data.rows import IGNORED
-from grasp.model import evaluating, processes
+from grasp.model import evaluating, partitions, processes, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 TOGETHER = 64  # prompts that run side by side
@@ -46,6 +46,8 @@ def draw(
             tokens than it takes, or a model that predicts none.
     """
     rows = tokenized(prompts, tokenizer)
+    if sharding.is_split(model):  # processes that ran it on other prompts would wait for ever
+        rows = processes.object_from_first(rows)
     _check_ids(model, rows, tokens)
     drawn = torch.rand(len(rows), tokens, generator=torch.Generator().manual_seed(seed))
     answers: dict[int, list[int]] = {}
@@ -134,7 +136,7 @@ def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:
     embeddings = model.get_input_embeddings()
     if embeddings is None:
         raise _predicts_nothing(model)
-    known = embeddings.weight.shape[0]
+    known = partitions.shape(embeddings.weight)[0]
     config = model.config.get_text_config()
     longest = getattr(config, "max_position_embeddings", None) or float("inf")
     for i, row in enumerate(rows):

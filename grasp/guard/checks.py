@@ -28,8 +28,11 @@ def take_over(guard: "Guard", parameters: Sequence[Tensor]) -> None:
         _HOLDERS[id(p)] = weakref.ref(guard)
 
 
-def refuse_rounded(trained: Sequence[Trained]) -> None:
+def refuse_rounded(trained: Sequence[Trained], zero: bool) -> None:
     """Refuse weights trained themselves in 16 bits.
+
+    Args:
+        zero: whether DeepSpeed trains them, which keeps fp32 copies, but rounds what it saves.
 
     Raises:
         ValueError: names the first.
@@ -37,10 +40,15 @@ def refuse_rounded(trained: Sequence[Trained]) -> None:
     for t in trained:
         if t.partner is None and t.parameter.dtype in (torch.bfloat16, torch.float16):
             dtype = str(t.parameter.dtype).removeprefix("torch.")
+            instead = (
+                "leave bf16 and fp16 out of DeepSpeed's configuration (torch_autocast still "
+                "computes in bf16)"
+                if zero
+                else "load the model in float32 (Trainer's bf16=True still computes in bf16)"
+            )
             raise ValueError(
                 f"{t.name} is trained itself in {dtype}, whose rounding alone lets up to 0.9 of "
-                "its change through; load the model in float32 (Trainer's bf16=True still computes "
-                "in bf16), or train a LoRA"
+                f"its change through; {instead}, or train a LoRA"
             )
 
 

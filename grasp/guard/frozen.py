@@ -51,19 +51,18 @@ class Frozen:
 
     def take(self, basis: InputBasis) -> None:
         """Put A off a basis, and freeze it."""
-        A = self.weight.local
         with torch.no_grad():
-            exact = _exact(A)
+            exact = _exact(self.weight.now())
             inside = basis.inside(exact)
             self.size = float(inside.norm() / exact.norm())
             for _ in range(2):  # V is orthonormal to rounding alone, and little may be left of A
                 exact = exact - basis.inside(exact)
-            A.copy_(exact)
-            left = basis.inside(_exact(A))
+            self.weight.put(exact)
+            left = basis.inside(_exact(self.weight.now()))
         self.left = (left @ left.mT).cpu()
         self.rank, self.share = basis.rank, basis.share
         self.freeze()
-        self.digest = digest(self.weight.local)
+        self.digest = digest(self.weight.now())
 
     def freeze(self) -> None:
         """Take A out of training; an optimizer passes over what has no gradient."""
@@ -77,20 +76,20 @@ class Frozen:
     @property
     def still(self) -> bool:
         """Whether A is bit for bit what it was when it was put off V."""
-        return digest(self.weight.local) == self.digest
+        return digest(self.weight.now()) == self.digest
 
     def start(self) -> str:
         """What a kept finding depends on besides the model and its prompts: the A of now."""
-        return digest(self.weight.local)
+        return digest(self.weight.now())
 
     def found(self) -> tuple[dict, dict[str, Tensor]]:
         """What `take` came to, as facts and tensors."""
-        return self.saved(), {"A": self.weight.local, "left": self.left}
+        return self.saved(), {"A": self.weight.now(), "left": self.left}
 
     def take_up(self, facts: dict, tensors: dict[str, Tensor]) -> None:
         """Come to what `found` gave."""
         with torch.no_grad():
-            self.weight.local.copy_(tensors["A"])
+            self.weight.put(tensors["A"])
         self.restore(facts, tensors["left"])
 
     def leak(self) -> dict[str, float]:
@@ -99,7 +98,7 @@ class Frozen:
 
     def through(self) -> float:
         """‖ΔW V‖ / ‖ΔW‖."""
-        A, B = _exact(self.weight.local), _exact(self.partner.local)
+        A, B = _exact(self.weight.now()), _exact(self.partner.now())
         inner = (B.mT @ B).cpu()
         size = float((inner * (A @ A.mT).cpu()).sum().clamp_min(0).sqrt())
         inside = float((inner * self.left).sum().clamp_min(0).sqrt())
@@ -123,14 +122,14 @@ def frozen_of(
 
     Args:
         reading: parameters that are kept off inputs.
-        weights: all that are trained, by their keys.
+        weights: all that are trained, by their keys, as they were remembered.
         freeze: what was asked for; None leaves it to how large the bases would be.
 
     Raises:
         ValueError: freezing was asked for, and one is no LoRA whose B is 0.
     """
     for t in reading:
-        fresh = t.partner is not None and not bool(t.zero_factor.detach().any())
+        fresh = t.partner is not None and weights[t.key].kept is None
         if not fresh and freeze:
             raise ValueError(
                 f"freeze_inputs=True, but {t.name} "
@@ -204,6 +203,8 @@ def init_lora_null(
     found = inspect(model)
     reading = found.reading()
     weights = {t.key: Whole(t) for t in [*found.trained(), *reading]}
+    for weight in weights.values():
+        weight.remember()
     frozen = frozen_of(reading, weights, True)
     if not frozen:
         raise ValueError("model has no LoRA that trains; add one first (peft.get_peft_model)")

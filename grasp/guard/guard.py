@@ -14,7 +14,6 @@ gradient of KL(base ‖ model) on the prompts join it. With frozen inputs A is p
 not train (`guard.frozen`), so that no V is kept.
 """
 
-import sys
 import warnings
 from collections.abc import Sequence
 from functools import partial
@@ -33,11 +32,15 @@ from grasp.guard.certificate import certificate, finite
 from grasp.guard.frozen import Frozen, frozen_of
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged
+from grasp.guard.kinds import weights_of
 from grasp.guard.matching import match, nothing
+from grasp.guard.residual import hook_residual
 from grasp.guard.state import frozen_as, load, save
 from grasp.guard.steps import Steps, averages, in_backward, innermost
+from grasp.guard.watch import Watch
 from grasp.guard.weights import Whole
-from grasp.model import Architecture, inspect, processes
+from grasp.guard.zero import Zero, ZeroGradients, ZeroSteps, find, optimizer_of
+from grasp.model import Architecture, inspect, processes, sharding
 from grasp_kernels.autocast import set_aside
 
 
@@ -48,7 +51,7 @@ class Guard:
     all that it attached.
 
     Args:
-        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights.
+        model: a `transformers` decoder, with a PEFT LoRA or with trainable weights, or its engine.
         subspaces: bases in the residual stream, as `discover` finds them.
         optimizer: pin the weights after each of its steps, which makes the guard exact under any
             optimizer; without it the gradients alone are projected, and AdamW's scaling leaks.
@@ -97,24 +100,21 @@ class Guard:
                 "read above 0"
             )
         self.wrapped, self.model = model, processes.unwrapped(model)
-        self.subspaces, self.optimizer = subspaces, optimizer
-        self.residual, self.indirect = residual, indirect
+        self.subspaces, self.residual, self.indirect = subspaces, residual, indirect
+        self.optimizer = optimizer_of(model, optimizer)
         self.freeze_inputs = freeze_inputs
         self.architecture: Architecture | None = None
         """Of the model, as it was when it was attached."""
         self.guarded: list[Guarded] = []
         self.frozen: list[Frozen] = []
-        self.uncovered: list[str] = []
-        """Parameters that began to train after the guard was attached."""
+        self.watch = Watch(self.model)
         self.inputs_file: Path | None = None
         """Where the bases of inputs were last saved."""
         self.steps = 0
         self.gradients = Gradients(self.guarded, model)
+        self.zero: Zero | None = None
         self._handles: list = []
         self._steps = Steps()
-        self._parameters: list[nn.Parameter] = []  # of the model, and which ask for gradients
-        self._asked: list[bool] = []
-        self._watched: dict[int, tuple] = {}  # what was seen at each optimizer's last step
         self._known: list[Whole] = []
         self._named: dict[str, nn.Parameter] = {}  # what is guarded, by the model's own names
         self._weights: Projections | None = None
@@ -135,26 +135,27 @@ class Guard:
 
         Raises:
             RuntimeError: it is attached already.
-            ValueError: as the class says, or weights that are split over processes.
+            ValueError: as the class says, or weights split over processes, but by FSDP2.
         """
         if self._handles:
             raise RuntimeError("this guard is attached already; detach it first")
         with set_aside():  # the model is looked at as its weights are
-            processes.refuse_sharded(self.model)
+            sharding.reshard(self.model)
+            sharding.refuse(self.model)
+            self.zero = find(self.wrapped, self.optimizer)
             if self.subspaces is not None:
                 self.subspaces.check(self.model)
             found = inspect(self.model)
             trained = found.trained()
-            checks.refuse_rounded(trained)
+            checks.refuse_rounded(trained, self.zero is not None)
             checks.refuse_dead_ends(found)
-            weights = {t.key: Whole(t) for t in [*trained, *found.reading()]}
+            weights = weights_of([*trained, *found.reading()], self.zero)
             self._known = list(weights.values())
             self.steps, self.inputs_file = 0, None
             if state is None:
                 for weight in weights.values():
                     weight.remember()
             self.architecture = found
-            self.frozen = self._frozen(found, weights, state)
             self.frozen = self._frozen(found, weights, state)
             self.guarded = match(
                 found,
@@ -165,18 +166,16 @@ class Guard:
             )
             if not (self.guarded or self.frozen):
                 raise ValueError(nothing(found))
-            self.gradients = Gradients(self.guarded, self.wrapped)
+            kind = Gradients if self.zero is None else ZeroGradients
+            self.gradients = kind(self.guarded, self.wrapped)
             held = {id(g.parameter) for g in [*self.guarded, *self.frozen]}
             self._named = {n: p for n, p in self.model.named_parameters() if id(p) in held}
-            self.uncovered = []
             checks.tell_open(found, trained, [*self.guarded, *self.frozen])
             if state is not None:
                 load(self, Path(state), self._known)
             elif self.growth is not None:
                 self.growth.start(found, [*self.guarded, *self.frozen])
-            self._parameters = list(self.model.parameters())
-            self._asked = [p.requires_grad for p in self._parameters]
-            self._watched = {}
+            self.watch = Watch(self.model)
             checks.tell_held(self.guarded, 0 if self.growth is None else self.growth.rank)
             checks.take_over(self, [t.parameter for t in trained])
             try:
@@ -238,7 +237,8 @@ class Guard:
         """
         self._check_guarded()
         self.gradients.count()
-        found = certificate(self.guarded, self.frozen, [*self.uncovered, *self.replaced()])
+        uncovered = [*self.watch.uncovered, *self.replaced()]
+        found = certificate(self.guarded, self.frozen, uncovered)
         grows = self.growth is not None and self.growth.rank > 0
         found["stepped"] = bool(self.steps) or not (grows and self.gradients.came)
         found["holds"] = found["holds"] and found["stepped"]
@@ -249,11 +249,13 @@ class Guard:
 
     def replaced(self) -> list[str]:
         """Guarded parameters that the model has others in place of."""
+        sharding.reshard(self.model)
         now = dict(self.model.named_parameters())
         return [n for n, p in self._named.items() if n in now and now[n] is not p]
 
     def is_of(self, model: nn.Module) -> bool:
         """Whether the guarded parameters are a model's."""
+        sharding.reshard(model)
         there, held = {id(p) for p in model.parameters()}, [*self.guarded, *self.frozen]
         return bool(held) and all(id(g.parameter) in there for g in held)
 
@@ -264,7 +266,9 @@ class Guard:
             RuntimeError: it was never attached.
         """
         self._check_guarded()
+        sharding.reshard(self.model)
         Projections([g for g in self.guarded if g.basis.shape[1]], gradients=False)()
+        self.publish()
 
     @set_aside()
     def judge_by(self, state: Path | str) -> None:
@@ -275,16 +279,22 @@ class Guard:
         """
         load(self, Path(state), self._known)
 
-    def save(self, path: Path | str) -> Path:
+    @property
+    def split(self) -> bool:
+        """Whether weights are split over processes: all must ask for what the guard tells, then."""
+        return any(weight.split for weight in self._known)
+
+    def save(self, path: Path | str, *, everyone: bool = False) -> Path:
         """Write bases, pins, averages and the reference: what a resumed run must not make anew.
 
-        The bases of inputs lie in a file of their own beside it, which later states share.
+        The bases of inputs lie in a file of their own beside it, which later states share. Of a
+        model that is `split` every process calls this, and the first writes, or `everyone`.
 
         Raises:
             OSError: it can't be written; an older file stays as it was.
         """
         self.gradients.count()
-        return save(self, Path(path))
+        return save(self, Path(path), everyone)
 
     def _check_guarded(self) -> None:
         if not (self.guarded or self.frozen):
@@ -303,7 +313,7 @@ class Guard:
         if state is not None:
             return frozen_as(found.reading(), weights, Path(state))
         frozen = frozen_of(found.reading(), weights, self.freeze_inputs)
-        if any(f.asked for f in frozen) and processes.is_wrapped(self.wrapped):
+        if any(f.asked for f in frozen) and sharding.is_wrapped(self.wrapped):
             checks.refuse_late(self.freeze_inputs)
             return []
         return frozen
@@ -311,15 +321,14 @@ class Guard:
     def _hook(self, found: Architecture) -> None:
         self._handles += self.gradients.hook()
         if self.residual:
-            _forget_compiled()
-            for block in found.blocks:
-                if block.index in self.subspaces:
-                    U = self.subspaces[block.index].to(next(block.module.parameters()).device)
-                    self._handles.append(block.module.register_forward_hook(_residual_hook(U)))
+            self._handles += hook_residual(found, self.subspaces)
         partners = [g.trained.partner for g in self.guarded if g.partner]
         partners += [f.trained.partner for f in self.frozen]
         self._steps = Steps([*(g.parameter for g in self.guarded), *partners])
-        if self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
+        if self.zero is not None:
+            self._steps = ZeroSteps(self.zero)
+            self._handles.append(self._steps.after_all(self._after_all))
+        elif self.optimizer is not None and not self._steps.moves(innermost(self.optimizer)):
             raise ValueError(
                 "optimizer holds none of the guarded parameters; pass the one that trains the "
                 "model, and none that steps inside the backward pass (layer-wise optimizers)"
@@ -338,17 +347,29 @@ class Guard:
 
     @set_aside()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
-        ended = self._steps.end(optimizer)
-        self._watch(optimizer)
-        if self.optimizer is None and self.growth is None:
-            return  # gradients alone
-        self._pin(optimizer)
-        if not ended:
-            return
+        self.watch.look(optimizer)
+        pins = not (self.optimizer is self.growth is self.zero is None)  # else gradients alone
+        if pins:
+            self._pin(optimizer)
+        if self._steps.end(optimizer) and pins:
+            self._after_all(optimizer)
+
+    @set_aside()
+    def _after_all(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1
-        if self.growth is not None and self.growth.after_step(self.model, self.guarded, self.steps):
+        if self.growth is None:
+            return
+        with self.gradients.deaf():
+            grew = self.growth.after_step(self.model, self.guarded, self.steps)
+        if grew:
             self._forget()
             self._pin(optimizer)
+            self.publish()
+
+    def publish(self) -> None:
+        """Let the weights follow what was written in their place."""
+        if self.zero is not None:
+            self.zero.publish()
 
     def _pin(self, optimizer: torch.optim.Optimizer) -> None:
         if self._weights is None:
@@ -361,43 +382,7 @@ class Guard:
         for projector in self._averages[id(optimizer)]:
             projector()
 
-    def _watch(self, optimizer: torch.optim.Optimizer) -> None:
-        """Tell at once of what began to train after the guard was attached."""
-        held = sum(len(group["params"]) for group in optimizer.param_groups)
-        now = [p.requires_grad for p in self._parameters], held
-        if now == self._watched.setdefault(id(optimizer), now) == (self._asked, held):
-            return
-        known = {id(p) for p, asked in zip(self._parameters, self._asked, strict=True) if asked}
-        named = dict(self.model.named_parameters())
-        new = [n for n, p in named.items() if p.requires_grad and id(p) not in known]
-        self._parameters = list(named.values())
-        self._asked = [p.requires_grad for p in self._parameters]
-        self._watched = {id(optimizer): (self._asked, held)}
-        if new:
-            self.uncovered += new
-            warnings.warn(
-                f"{', '.join(new[:4])}{' …' if len(new) > 4 else ''} began to train after the "
-                "guard was attached and is not covered, so the certificate will not hold; unfreeze "
-                "or switch on all that trains before attaching",
-                stacklevel=6,
-            )
-
     def _forget(self) -> None:
         self.gradients.forget()
         self._weights = None
         self._averages.clear()
-
-
-def _forget_compiled() -> None:
-    """A graph that was compiled before does not call hooks that are new."""
-    if "torch._dynamo" in sys.modules:
-        sys.modules["torch._dynamo"].reset()
-
-
-def _residual_hook(U: Tensor):
-    def hook(module, args, output):
-        if isinstance(output, tuple):
-            return (gk.project_gradient(output[0], U), *output[1:])
-        return gk.project_gradient(output, U)
-
-    return hook

@@ -11,17 +11,19 @@ import grasp_kernels as gk
 from grasp.bases.spectrum import InputBasis
 from grasp.guard.weights import Whole
 from grasp.model import Trained
+from grasp_kernels.arguments import Side
 from grasp_kernels.matrices import in_vectors
 
 SAVED = ("basis", "pinned", "average", "total", "blocked")
 SHARE = 1e-7  # of a factor's start: what it holds along a basis counts as nothing below
+ROUNDED = torch.finfo(torch.bfloat16).eps ** 2  # of a projected gradient's energy, still in a basis
 
 
 class Pin(NamedTuple):
     """What a weight is set back to after a step: its coefficients `C` along a basis."""
 
     weight: Whole
-    side: str
+    side: Side
     basis: Tensor
     C: Tensor
 
@@ -42,8 +44,8 @@ class Guarded:
     weight: Whole
     partner: Whole | None  # the other factor of a LoRA
     basis: Tensor  # [d_out, k], or [d_in, k] of inputs
-    pinned: Tensor  # C: [k, n] on the left side, [n, k] on the right
-    average: Tensor | None = None  # of the drift gradient
+    pinned: Tensor  # C: [k, n] on the left side, [n, k] on the right, as `coefficients` gives it
+    average: Tensor | None = None  # of the drift gradient, where `weight.local` lies
     total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d fp64 on the CPU
     blocked: Tensor | None = None
     share: float | None = None  # of inputs' energy on held-out prompts, that the basis holds
@@ -51,7 +53,7 @@ class Guarded:
     @classmethod
     def of(cls, trained: Trained, weight: Whole, partner: Whole | None, basis: Tensor) -> "Guarded":
         """Pinned to what the parameter did along the basis when training began."""
-        self = cls(trained, weight, partner, basis.to(trained.parameter.device), torch.empty(0))
+        self = cls(trained, weight, partner, basis.to(weight.local.device), torch.empty(0))
         self.pinned = self.coefficients(weight.start())
         return self
 
@@ -64,26 +66,44 @@ class Guarded:
         return self.trained.parameter
 
     @property
+    def device(self) -> torch.device:
+        """Where what this process holds of the weight lies."""
+        return self.weight.local.device
+
+    @property
     def left(self) -> bool:
         return self.trained.side == "left"
 
     def saved(self) -> dict[str, Tensor]:
-        """What a resumed run must not make anew, by `SAVED` key."""
-        return {key: t for key in SAVED if (t := getattr(self, key)) is not None}
+        """What a resumed run must not make anew, by `SAVED` key, of the weight as a whole."""
+        found = {key: t for key in SAVED if (t := getattr(self, key)) is not None}
+        found["pinned"] = self.weight.whole(self.pinned, self.trained.side)
+        return found if self.average is None else found | {"average": self.drift()}
 
     def restore(self, saved: dict[str, Tensor]) -> None:
         """Take back what `saved` gave."""
         for key in SAVED:
             t = saved.get(key)
-            on = "cpu" if key in ("total", "blocked") else self.parameter.device
+            on = "cpu" if key in ("total", "blocked") else self.device
             setattr(self, key, None if t is None else t.to(on))
+        self.pinned = self.weight.own(self.pinned, self.trained.side)
+        self.average = None if self.average is None else self.weight.own(self.average)
 
     def coefficients(self, T: Tensor, basis: Tensor | None = None) -> Tensor:
-        """Uᵀ T, or T U on the right side, of the weight as a whole; `T` as `local` is."""
-        U = self.weight.part(self.basis if basis is None else basis)
-        T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
-        (C,) = self.weight.summed([U.mT.to(T) @ T if self.left else T @ U.to(T)])
-        return C
+        """Uᵀ T, or T U on the right side, where `T` lies as `local` does.
+
+        Of the weight as a whole where the basis multiplies what is split, else of this part.
+        """
+        basis = self.basis if basis is None else basis
+        return _coefficients(self.weight, T, basis, self.trained.side)
+
+    def drift(self) -> Tensor | None:
+        """The averaged drift gradient of the weight as a whole."""
+        return None if self.average is None else self.weight.whole(self.average)
+
+    def laid(self, G: Tensor) -> Tensor:
+        """Of a gradient as `sharding.gradients` gives it what lies as `weight.local` does."""
+        return self.weight.laid(G)
 
     def take(self, basis: InputBasis) -> None:
         """Be kept off what its map takes in."""
@@ -105,6 +125,7 @@ class Guarded:
 
     def widen(self, basis: Tensor) -> None:
         """Take a basis whose leading columns are the present one's."""
+        basis = basis.to(self.device)
         added = basis[:, self.basis.shape[1] :]
         self.basis = in_vectors(basis)
         C = self.coefficients(self.weight.start(), added)
@@ -117,29 +138,32 @@ class Guarded:
         own = Pin(self.weight, self.trained.side, self.basis, self.pinned)
         if self.partner is None or self.partner.kept is None:
             return [own]
-        carried = self.pinned.mT if self.left else self.pinned  # [r, k]
+        side = self.trained.side
+        carried = self.weight.whole(self.pinned, side)
+        carried = carried.mT if self.left else carried  # [r, k]
         U, S, _ = torch.linalg.svd(carried.double(), full_matrices=False)
-        Q = U[:, S > SHARE * float(self.weight.start().double().norm())].float()
-        T = self.partner.start().float()
-        across = ("left", Q, Q.mT @ T) if self.left else ("right", Q, T @ Q)
-        pins = [own, Pin(self.partner, *across)] if Q.shape[1] else [own]
+        Q = U[:, S > SHARE * float(_exact(self.weight.whole(self.weight.start())).norm())].float()
+        pins = [own]
+        if Q.shape[1]:
+            C = _coefficients(self.partner, self.partner.start(), Q, side)
+            pins.append(Pin(self.partner, side, Q, C))
         return [pin for pin in pins if pin.weight.trains]  # others stay as they began
 
     def change(self) -> "Change":
         """How far the weight is from where it began, and how much of that lies in the basis."""
         U = _exact(self.basis)
         if self.partner is None:
-            now, start = _exact(self.weight.local), _exact(self.weight.start())
+            now, start = _now(self.weight), _began(self.weight)
             D = now - start
             inside = U.mT @ D if self.left else D @ U
             return Change(float(D.norm()), float(inside.norm()), float(start.norm()))
         B, A = (self.weight, self.partner) if self.left else (self.partner, self.weight)
-        B1, A1 = _exact(B.local), _exact(A.local)
+        B1, A1 = _now(B), _now(A)
         if B.kept is None:
             size = _product_norm(B1, A1)
             inside = float((U.mT @ B1 @ A1).norm()) if self.left else _product_norm(B1, A1 @ U)
             return Change(size, inside, 0.0)
-        B0, A0 = _exact(B.start()), _exact(A.start())
+        B0, A0 = _began(B), _began(A)
         D = B1 @ A1 - B0 @ A0
         inside = U.mT @ D if self.left else D @ U
         factors = float(B0.norm() * A0.norm()) / len(A0) ** 0.5
@@ -169,6 +193,19 @@ class Change(NamedTuple):
         return self.inside / self.size if self.size else self.inside
 
 
+def _coefficients(weight: Whole, T: Tensor, basis: Tensor, side: Side) -> Tensor:
+    (C,) = weight.summed([weight.times(T, basis, side)], side)
+    return C
+
+
+def _now(weight: Whole) -> Tensor:
+    return _exact(weight.now())
+
+
+def _began(weight: Whole) -> Tensor:
+    return _exact(weight.whole(weight.start()))
+
+
 def _exact(T: Tensor) -> Tensor:
     T = T.detach()
     return (T.cpu() if T.device.type == "mps" else T).double()  # MPS has no fp64
@@ -188,27 +225,20 @@ class Projections:
         guarded: those whose bases are not empty.
         gradients: project gradients, and count what was blocked; else the parameters themselves,
             back to where they were pinned.
+        again: these may have been projected before, and are counted where they were not.
     """
 
-    def __init__(self, guarded: Sequence[Guarded], gradients: bool):
+    def __init__(self, guarded: Sequence[Guarded], gradients: bool, again: bool = False):
         groups: dict[tuple, list[tuple[Guarded, Pin]]] = {}
         for g in guarded:  # a weight that is kept off outputs and inputs is listed for each
             pins = [p for p in g.pins() if p.weight is g.weight or not gradients]
             for n, pin in enumerate(pins):
-                groups.setdefault((n, g.trained.holds, pin.side), []).append((g, pin))
-        self.gradients = gradients
+                key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side)
+                groups.setdefault(key, []).append((g, pin))
+        self.gradients, self.again = gradients, again
         self.projectors = [
-            (
-                gk.Projector(
-                    [pin.weight.local for _, pin in group],
-                    [pin.weight.part(pin.basis) for _, pin in group],
-                    None if gradients else [pin.C for _, pin in group],
-                    side=side,
-                    measure=gradients,
-                ),
-                group,
-            )
-            for (_, _, side), group in groups.items()
+            (_projector([pin for _, pin in group], None, gradients), group)
+            for group in groups.values()
         ]
 
     def __call__(self) -> None:
@@ -224,6 +254,8 @@ class Projections:
         """Add what was blocked since the last time to each parameter's count."""
         for projector, group in self.projectors if self.gradients else ():
             for (g, _), (total, blocked) in zip(group, projector.energies(), strict=True):
+                if self.again and float(blocked) <= ROUNDED * float(total):
+                    continue
                 g.total = total if g.total is None else g.total + total
                 g.blocked = blocked if g.blocked is None else g.blocked + blocked
 
@@ -232,20 +264,28 @@ def averaged(guarded: Sequence[Guarded], shown: Callable[[Tensor], list[Tensor]]
     """Projectors of what stands beside the parameters and is held as they are.
 
     Args:
-        shown: of a parameter, the tensors of its shape that an optimizer keeps as weights.
+        shown: of what an optimizer holds, the tensors of its shape that it keeps as weights.
     """
     groups: dict[tuple, list[tuple[Tensor, Pin]]] = {}
     for g in guarded:
         for n, pin in enumerate(g.pins()):
-            for T in shown(pin.weight.trained.parameter):
-                part = pin.weight.trained.of(T)
-                groups.setdefault((n, g.trained.holds, pin.side), []).append((part, pin))
+            for T in shown(pin.weight.stepped):
+                key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side)
+                groups.setdefault(key, []).append((pin.weight.trained.of(T), pin))
     return [
-        gk.Projector(
-            [T for T, _ in group],
-            [pin.weight.part(pin.basis) for _, pin in group],
-            [pin.C for _, pin in group],
-            side=side,
-        )
-        for (_, _, side), group in groups.items()
+        _projector([pin for _, pin in group], [T for T, _ in group]) for group in groups.values()
     ]
+
+
+def _projector(
+    pins: Sequence[Pin], tensors: Sequence[Tensor] | None, gradients: bool = False
+) -> gk.Projector:
+    """Of pins on one side and weights of one kind; of gradients nothing is pinned."""
+    return pins[0].weight.projector(
+        [pin.weight for pin in pins],
+        tensors,
+        [pin.basis for pin in pins],
+        None if gradients else [pin.C for pin in pins],
+        pins[0].side,
+        measure=gradients,
+    )

@@ -40,7 +40,7 @@ def match(
 
     guarded = []
     for t in found.trained():
-        if t.matrix.name in bases or (grows and t.parameter.ndim > 1):
+        if t.matrix.name in bases or (grows and len(t.shape) > 1):
             empty = torch.zeros(t.matrix.out_features, 0)
             guarded.append(guarded_by(t, bases.get(t.matrix.name, empty)))
     if reads:

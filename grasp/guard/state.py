@@ -17,7 +17,7 @@ from grasp.files import write_bytes
 from grasp.guard.frozen import Frozen
 from grasp.guard.guarded import SAVED, Guarded
 from grasp.guard.weights import Whole
-from grasp.model import Trained
+from grasp.model import Trained, processes
 from grasp_kernels.matrices import in_vectors
 
 if TYPE_CHECKING:
@@ -26,8 +26,13 @@ if TYPE_CHECKING:
 SAME = 1e-4  # of a sketch: two bases that differ by less are one
 
 
-def save(guard: "Guard", path: Path) -> Path:
-    """Write a guard's state; what `load` takes."""
+def save(guard: "Guard", path: Path, everyone: bool = False) -> Path:
+    """Write a guard's state; what `load` takes.
+
+    Args:
+        everyone: of split weights, which all processes save together, each writes a file, not the
+            first alone.
+    """
     tensors = {
         f"{key}.{g.name}": tensor.clone().contiguous()  # a shared basis is stored for each
         for g in guard.guarded
@@ -36,13 +41,15 @@ def save(guard: "Guard", path: Path) -> Path:
     }
     tensors |= {f"sketch.{g.name}": _sketch(g.basis) for g in guard.guarded if _is_of_inputs(g)}
     starts = {id(g.weight): g for g in reversed(guard.guarded) if g.weight.kept is not None}
-    tensors |= {f"start.{g.name}": g.weight.kept for g in starts.values()}
+    tensors |= {f"start.{g.name}": g.weight.whole(g.weight.kept) for g in starts.values()}
     others = {
         id(g.partner): g
         for g in guard.guarded
         if g.partner and g.partner.kept is not None and id(g.partner) not in starts
     }
-    tensors |= {f"start of partner.{g.name}": g.partner.kept for g in others.values()}
+    tensors |= {
+        f"start of partner.{g.name}": g.partner.whole(g.partner.kept) for g in others.values()
+    }
     if guard.growth is not None:
         tensors |= guard.growth.state_dict()
     tensors |= {f"left.{f.name}": f.left for f in guard.frozen}
@@ -53,8 +60,14 @@ def save(guard: "Guard", path: Path) -> Path:
         "shares": {g.name: g.share for g in guard.guarded},
         "frozen": {f.name: f.saved() for f in guard.frozen},
     }
-    _save_inputs(guard, _beside(path))
-    return write_bytes(path, serialised(tensors, metadata={"grasp_guard": json.dumps(about)}))
+    try:
+        if everyone or not guard.split or processes.is_first():
+            _save_inputs(guard, _beside(path))
+            write_bytes(path, serialised(tensors, metadata={"grasp_guard": json.dumps(about)}))
+    finally:
+        if guard.split:
+            processes.wait()  # it is there for all when one goes on
+    return path
 
 
 def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
@@ -79,7 +92,7 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
     for g in guard.guarded:
         for weight, key in ((g.weight, "start"), (g.partner, "start of partner")):
             if (kept := tensors.get(f"{key}.{g.name}")) is not None:
-                weight.kept = kept
+                weight.kept = weight.own(kept)
     for g in guard.guarded:
         g.share = about["shares"].get(g.name)
         if _is_of_inputs(g):
@@ -97,7 +110,7 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
     if _beside(path).exists():
         _load_inputs(inputs, _beside(path))
     else:
-        with _at_start(weights):
+        with _at_start(guard, weights):
             guard.growth.start(guard.architecture, inputs)
     for g in inputs:
         if (sketch := tensors.get(f"sketch.{g.name}")) is None:
@@ -182,7 +195,7 @@ def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
         raise ValueError(f"{path} holds no bases of inputs ({error})") from error
     moved: dict[tuple, Tensor] = {}
     for g in inputs:
-        key = same[g.name], g.parameter.device
+        key = same[g.name], g.device
         if key not in moved:
             moved[key] = in_vectors(bases[key[0]].to(key[1]))
         g.basis = g.basis[:, :0]
@@ -191,16 +204,18 @@ def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
 
 
 @contextmanager
-def _at_start(weights: Sequence[Whole]) -> Iterator[None]:
+def _at_start(guard: "Guard", weights: Sequence[Whole]) -> Iterator[None]:
     """Every trained weight as it was when training began: the base of the run."""
     now = [(w, w.local.detach().clone()) for w in weights]
     with torch.no_grad():
         for weight, _ in now:
             if weight.kept is not None or weight.trained.holds == "outputs":
                 weight.local.copy_(weight.start())
+    guard.publish()
     try:
         yield
     finally:
         with torch.no_grad():
             for weight, value in now:
                 weight.local.copy_(value)
+        guard.publish()

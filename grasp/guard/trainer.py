@@ -64,11 +64,6 @@ class GraspCallback(TrainerCallback):
             release_at_the_end(self, loop.trainer)
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
-        if getattr(args, "deepspeed", None):
-            raise ValueError(
-                "DeepSpeed steps its own flat copies of the weights, which the guard can't pin; "
-                "train with DDP, or without DeepSpeed"
-            )
         if (loop := calling()) is not None:
             go_first(self, loop.trainer)
             if release_at_the_end(self, loop.trainer) and loop.run is not None:
@@ -87,13 +82,13 @@ class GraspCallback(TrainerCallback):
         elif before is not None and before.is_of(model) and (self.training or before.frozen):
             # Begun again with smaller batches, where the weights had come to; or A is frozen.
             with tempfile.TemporaryDirectory() as folder:
-                self.guard.attach(before.save(Path(folder) / STATE))
+                self.guard.attach(before.save(Path(folder) / STATE, everyone=True))
         else:
             self.guard.attach()
         self.training = True
 
     def on_save(self, args, state, control, **kwargs):
-        if state.is_world_process_zero:
+        if self.guard.split or state.is_world_process_zero:
             self.guard.save(_folder(args) / f"checkpoint-{state.global_step}" / STATE)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -106,13 +101,16 @@ class GraspCallback(TrainerCallback):
             state.log_history[-1] |= found
 
     def on_train_end(self, args, state, control, **kwargs):
+        self.guard.gradients.count()
         self.guard.detach()
-        if not state.is_world_process_zero:
+        if not (self.guard.split or state.is_world_process_zero):
             return
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best and (Path(best) / STATE).exists():
             self.guard.judge_by(Path(best) / STATE)  # it was held off the bases that there were
         found = self.guard.certificate()
+        if not state.is_world_process_zero:
+            return
         path = write_json(_folder(args) / CERTIFICATE, found)
         if not found["holds"]:
             warnings.warn(
@@ -134,7 +132,7 @@ class GraspCallback(TrainerCallback):
 
     def _measured(self) -> dict[str, float]:
         self.guard.gradients.count()
-        uncovered = [*self.guard.uncovered, *self.guard.replaced()]
+        uncovered = [*self.guard.watch.uncovered, *self.guard.replaced()]
         found = certificate(self.guard.guarded, self.guard.frozen, uncovered)
         modules = found["modules"].values()
         measured = {

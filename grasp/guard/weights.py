@@ -2,24 +2,30 @@
 
 `Guarded` asks these questions of every weight and knows no more of it. Of another kind (a DTensor's
 shard, a fragment of a flat buffer) `local` is a part, `part` gives the rows of a basis that go with
-it, and `summed` adds what each process found for its own part.
+it, `summed` adds what each process found for its own part, and `whole` puts the parts together.
+Where the answer takes all processes, all must ask, and in one order.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+import grasp_kernels as gk
 from grasp.model import Trained
+from grasp_kernels.arguments import Side
 
 
 class Whole:
     """A weight that this process holds whole."""
 
+    split = False
+    """Whether other processes hold other parts, so that all of them must ask together."""
+
     def __init__(self, trained: Trained):
         self.trained = trained
         self.kept: Tensor | None = None
-        """Its value when training began; None of a LoRA whose B began at 0, which needs none."""
+        """`local` when training began; None of a LoRA whose B began at 0, which needs none."""
 
     @property
     def local(self) -> Tensor:
@@ -46,20 +52,73 @@ class Whole:
     @property
     def shape(self) -> torch.Size:
         """Of the weight as a whole."""
-        return self.local.shape
+        return self.trained.shape
 
-    def part(self, basis: Tensor) -> Tensor:
-        """The rows of a basis `[d, k]` that multiply `local`."""
+    @property
+    def stepped(self) -> Tensor:
+        """What an optimizer holds for it."""
+        return self.trained.parameter
+
+    def kind(self, side: Side) -> Hashable:
+        """Equal for weights that one `projector` can take together, on this side."""
+        return Whole
+
+    def part(self, basis: Tensor, side: Side) -> Tensor:
+        """The rows of a basis `[d, k]` that multiply `local` from a side."""
         return basis
 
-    def summed(self, coefficients: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Coefficients of every process's part, added up: those of the weight as a whole."""
+    def summed(self, coefficients: Sequence[Tensor], side: Side) -> Sequence[Tensor]:
+        """Coefficients of every process's part, added up: of the weight where a basis cuts it."""
         return coefficients
+
+    def whole(self, T: Tensor, side: Side | None = None) -> Tensor:
+        """Of what lies as `local` does the whole: a tensor, or coefficients along a basis."""
+        return T
+
+    def now(self) -> Tensor:
+        """The weight as a whole, as the model holds it and as it is saved."""
+        return self.whole(self.local.detach())
+
+    def laid(self, G: Tensor) -> Tensor:
+        """Of a gradient as `sharding.gradients` gives it what lies as `local` does."""
+        return G
+
+    def times(self, T: Tensor, basis: Tensor, side: Side) -> Tensor:
+        """Coefficients along a basis of the weight as a whole, of this process's part `T` alone."""
+        return product(T, self.part(basis, side), side)
+
+    def own(self, T: Tensor, side: Side | None = None) -> Tensor:
+        """Of a whole the part that lies as `local` does: the way back from `whole`."""
+        return T
+
+    def put(self, T: Tensor) -> None:
+        """Write the weight as a whole; every process gives the same."""
+        self.local.copy_(self.own(T))
+
+    @staticmethod
+    def projector(
+        weights: Sequence["Whole"],
+        tensors: Sequence[Tensor] | None,
+        bases: Sequence[Tensor],
+        Cs: Sequence[Tensor] | None,
+        side: Side,
+        measure: bool = False,
+    ) -> gk.Projector:
+        """What projects weights of one kind, or `tensors` that lie as they do, as often as asked.
+
+        Args:
+            bases: of the weights as a whole.
+            Cs: as `Guarded.coefficients` gives them.
+            side, measure: as `grasp_kernels.Projector`.
+        """
+        bases = [w.part(basis, side) for w, basis in zip(weights, bases, strict=True)]
+        tensors = [w.local for w in weights] if tensors is None else tensors
+        return gk.Projector(tensors, bases, Cs, side=side, measure=measure)
 
     def remember(self) -> None:
         """Keep the present value as that of the start, on the CPU: bases may grow much later."""
         B = self.trained.zero_factor
-        if B is None or bool(B.detach().any()):
+        if B is None or self._any(B):
             self.kept = self.local.detach().to("cpu", copy=True)
 
     def start(self) -> Tensor:
@@ -70,3 +129,13 @@ class Whole:
         """
         now = self.local.detach()
         return torch.zeros_like(now) if self.kept is None else self.kept.to(now)
+
+    def _any(self, T: Tensor) -> bool:
+        """Whether a parameter is other than 0 anywhere."""
+        return bool(T.detach().any())
+
+
+def product(T: Tensor, basis: Tensor, side: Side) -> Tensor:
+    """Uᵀ T, or T U on the right side, in fp32 at least."""
+    T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
+    return basis.mT.to(T) @ T if side == "left" else T @ basis.to(T)

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from grasp.model.modes import evaluating, given, is_linear, is_quantised
+from grasp.model.partitions import shape
+from grasp.model.sharding import gathered
 
 PRODUCTS = ("ALora", "Velora", "MiCA")  # of PEFT's variants those that add B A x, if anything
 PROBES = 16  # the estimate of a norm is off by its root at most, a quarter
@@ -53,7 +55,8 @@ class Matrix:
         """‖W‖ of the pretrained weight; where it is none, from E ‖Wᵀ z‖² = ‖W‖², z of signs."""
         weight = getattr(self.base, "weight", None)
         if isinstance(weight, Tensor) and not is_quantised(self.base):
-            return float(weight.detach().float().norm())
+            with gathered(self.base):
+                return float(self.base.weight.detach().float().norm())
         drawn = torch.rand(self.out_features, PROBES, generator=torch.Generator().manual_seed(0))
         return float(self.back(drawn.round() * 2 - 1).norm()) / PROBES**0.5
 
@@ -62,8 +65,9 @@ class Matrix:
 
         Through autograd, so that a quantised weight answers too.
         """
-        x, y = self._run(vectors.shape[1])
-        (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
+        with gathered(self.base):
+            x, y = self._run(vectors.shape[1])
+            (gradient,) = torch.autograd.grad(y, x, vectors.mT.to(y))
         return gradient.mT.float()
 
     def passes_gradients(self) -> bool:
@@ -90,8 +94,10 @@ class Matrix:
 
     def _run(self, rows: int) -> tuple[Tensor, Tensor]:
         with evaluating(self.base), torch.enable_grad():
-            x = self.taken.new_zeros(rows, in_features(self.base)).requires_grad_()
-            return x, self.base(x)
+            x = self.taken.new_zeros(rows, in_features(self.base))
+            if not is_quantised(self.base):  # FSDP2 may compute in another dtype than it keeps
+                x = x.to(self.base.weight.dtype)
+            return x.requires_grad_(), self.base(x)
 
 
 @dataclass(frozen=True)
@@ -128,9 +134,16 @@ class Trained:
         return T if self.partner is None else self.matrix.part(T, self.holds)
 
     @property
+    def shape(self) -> torch.Size:
+        """Of the parameter as a whole, wherever its parts lie."""
+        if self.matrix.index is not None:
+            return self.of(self.parameter.detach()).shape
+        return shape(self.parameter)
+
+    @property
     def size(self) -> int:
         """d of a basis for this."""
-        return self.parameter.shape[0 if self.side == "left" else -1]
+        return self.shape[0 if self.side == "left" else -1]
 
 
 @dataclass(frozen=True)
@@ -180,7 +193,7 @@ class Architecture:
 
     def reading(self) -> list[Trained]:
         """The parameters of the same updates that act on the maps' inputs: LoRA A, or a weight."""
-        return [_reading(t) for t in self.trained() if t.parameter.ndim > 1]
+        return [_reading(t) for t in self.trained() if len(t.shape) > 1]
 
     def untracked(self) -> list[str]:
         """Trainable parameters that are neither `trained()` nor the A of a LoRA that is."""

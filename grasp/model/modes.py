@@ -6,6 +6,8 @@ from itertools import chain
 
 from torch import Tensor, nn
 
+from grasp.model.sharding import reshard
+
 
 @contextmanager
 def base_model(model: nn.Module) -> Iterator[None]:
@@ -29,6 +31,14 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes.items():
             _switch(module, training)
+        reshard(model)
+
+
+def unwrapped_name(name: str) -> str:
+    """Of a module, without the wrappers that torch puts around those it checkpoints."""
+    return name.replace("_checkpoint_wrapped_module.", "").removesuffix(
+        "._checkpoint_wrapped_module"
+    )
 
 
 def is_linear(module: nn.Module) -> bool:

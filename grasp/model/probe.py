@@ -12,7 +12,9 @@ from torch.utils.hooks import RemovableHandle
 
 from grasp.model.architecture import Architecture, Block, Matrix, out_features
 from grasp.model.experts import Wrapped, refuse_unheard, stacked, wrapped
-from grasp.model.modes import evaluating, given, is_linear, unfused
+from grasp.model.modes import evaluating, given, is_linear, unfused, unwrapped_name
+from grasp.model.partitions import shape
+from grasp.model.sharding import gathered
 
 PROBE_TOKEN = 1
 
@@ -36,6 +38,7 @@ def inspect(model: nn.Module) -> Architecture:
     config = config.get_text_config() if hasattr(config, "get_text_config") else config
     width = config.hidden_size
     name, blocks = _find_blocks(model)
+    name = unwrapped_name(name)
     linears, routed = [], []
     for i, block in enumerate(blocks):
         maps = _linears(f"{name}.{i}", block)
@@ -119,6 +122,7 @@ def _run_token(model: nn.Module, handles: list[RemovableHandle]) -> None:
 def _linears(prefix: str, block: nn.Module) -> dict[str, nn.Module]:
     found: dict[str, nn.Module] = {}
     for name, module in block.named_modules(prefix=prefix):
+        name = unwrapped_name(name)
         inside = any(name.startswith(outer + ".") for outer in found)
         if not inside and (stacked(module) or is_linear(getattr(module, "base_layer", module))):
             found[name] = module
@@ -131,9 +135,9 @@ def _outside(
     """Linear maps in no block that a LoRA is trained on: a head, a projection of embeddings."""
     known = {id(m) for found in linears for m in found.values()}
     return {
-        name: module
+        unwrapped_name(name): module
         for name, module in model.named_modules()
-        if not name.startswith(blocks + ".")
+        if not unwrapped_name(name).startswith(blocks + ".")
         and id(module) not in known
         and is_linear(getattr(module, "base_layer", module))
         and any(
@@ -150,9 +154,9 @@ def _refuse_unknown(prefix: str, block: nn.Module, linears: dict[str, nn.Module]
         if not stacked(m) or "lora_" in name
     }
     for name, parameter in block.named_parameters(prefix=prefix):
-        if parameter.requires_grad and parameter.ndim > 1 and id(parameter) not in known:
+        if parameter.requires_grad and len(shape(parameter)) > 1 and id(parameter) not in known:
             raise ValueError(
-                f"{name} {list(parameter.shape)} is trained, but in no linear map (a mixture of "
+                f"{name} {list(shape(parameter))} is trained, but in no linear map (a mixture of "
                 "experts, or a layer of another kind), so it can't be guarded; train the attention "
                 "alone, or the linear maps"
             )
@@ -245,7 +249,7 @@ def _code(module: nn.Module) -> Tensor:
 
 def _is_norm(module: nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, Tensor) and weight.ndim == 1 and not list(module.children())
+    return isinstance(weight, Tensor) and len(shape(weight)) == 1 and not list(module.children())
 
 
 def _understand(
@@ -297,8 +301,9 @@ def _writer(trace: _Trace, name: str, module: nn.Module, width: int) -> Matrix |
     norm = trace.norm_of.get(id(module))
     if norm is None:
         return Matrix(name, module, "writer", taken=trace.taken[id(module)])
-    device = next(norm.parameters()).device
-    with torch.no_grad():  # an RMS norm maps ones to its weight, whatever it adds to that weight
+    # An RMS norm maps ones to its weight, whatever it adds to that weight.
+    with torch.no_grad(), gathered(norm):
+        device = next(norm.parameters()).device
         ones = torch.ones(1, width, device=device, dtype=norm.weight.dtype)
         scale, double = norm(ones).float()[0], norm(-ones).float()[0]
     if not torch.allclose(scale, -double):  # a norm with a bias or a mean

@@ -6,10 +6,13 @@ and a basis that differs moves the copies apart.
 
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from grasp.model.partitions import engine
 
 
 def several() -> bool:
@@ -37,42 +40,36 @@ def from_first(tensors: Sequence[Tensor]) -> list[Tensor]:
     found: dict[int, Tensor] = {}
     for tensor in tensors:
         if id(tensor) not in found:
-            box = [tensor.detach().cpu()]
-            dist.broadcast_object_list(box, src=0)
-            found[id(tensor)] = box[0].to(tensor.device)
+            found[id(tensor)] = object_from_first(tensor.detach().cpu()).to(tensor.device)
     return [found[id(tensor)] for tensor in tensors]
 
 
+def object_from_first(thing: Any) -> Any:
+    """The first process's; every process must call this."""
+    box = [thing]
+    if several():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def wait() -> None:
+    """For all processes to come here."""
+    if several():
+        dist.barrier()
+
+
+def on_all(flags: Sequence[bool]) -> list[bool]:
+    """Which of the flags every process has set; each must call this, with as many."""
+    if not several():
+        return list(flags)
+    found: list[list[bool]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(found, list(flags))
+    return [all(of_each) for of_each in zip(*found, strict=True)]
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DistributedDataParallel, DataParallel or what torch.compile gives."""
+    """The model inside DDP, DataParallel, DeepSpeed's engine or what torch.compile gives."""
     if hasattr(model, "_orig_mod"):  # of torch.compile
         return unwrapped(model._orig_mod)
     wrappers = (DistributedDataParallel, DataParallel)
-    return unwrapped(model.module) if isinstance(model, wrappers) else model
-
-
-def is_wrapped(model: nn.Module) -> bool:
-    """Whether a wrapper for several processes holds the model."""
-    inner = getattr(model, "_orig_mod", model)
-    return isinstance(inner, DistributedDataParallel) or is_sharded(model)
-
-
-def is_sharded(model: nn.Module) -> bool:
-    """Whether each process holds a part of its weights (a DTensor, or a parameter of ZeRO-3)."""
-    return any(hasattr(p, "to_local") or hasattr(p, "ds_id") for p in model.parameters())
-
-
-def refuse_sharded(model: nn.Module) -> None:
-    """Refuse a model of whose weights each process holds a part.
-
-    Raises:
-        ValueError: names the first such weight, or FSDP.
-    """
-    split = [name for name, p in model.named_parameters() if hasattr(p, "to_local")]  # DTensor
-    if any(type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()):
-        split = split or ["a weight under FullyShardedDataParallel"]
-    if split:
-        raise ValueError(
-            f"{split[0]} is split over processes (FSDP, tensor parallel), and a projection needs "
-            "whole columns; train with DDP, which suits a LoRA, or in one process"
-        )
+    return unwrapped(model.module) if isinstance(model, wrappers) or engine(model) else model
