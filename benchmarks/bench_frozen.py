@@ -34,16 +34,21 @@ FORMS = {
     "frozen": ("grasp", FROZEN),
     "frozen, random": ("random", FROZEN),
 }
+TRIES = [
+    *product((8, 16, 32, 64), (3e-4, 1e-3), (0.98,)),
+    *product((32, 64), (3e-3,), (0.98, 0.95)),
+    *product((32, 64), (1e-3,), (0.95, 0.9)),
+]
 CHOICES = {
     "plain": ("plain", {}),
     "tracked": ("grasp", {}),
     "tracked, read 0.98": ("grasp", {"read": 0.98}),
 } | {
-    f"frozen, r {r}, {rate:g}": (
+    f"frozen, r {r}, {rate:g}, read {read}": (
         "grasp",
-        {"freeze_inputs": True, "lora_rank": r, "learning_rate": rate, "read": 0.98},
+        {"freeze_inputs": True, "lora_rank": r, "learning_rate": rate, "read": read},
     )
-    for r, rate in product((8, 16, 32, 64), (3e-4, 1e-3))
+    for r, rate, read in TRIES
 }
 
 

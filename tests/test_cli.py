@@ -53,7 +53,7 @@ def guarded(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     rows = World(0).rows("medicine", "train")
     (folder / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (folder / "prompts.txt").write_text("\n".join(World(0).prompts(["law"])))
+    (folder / "prompts.txt").write_text("\n".join(World(0).prompts(["law", "guns"])))
     (folder / "run.yaml").write_text(
         f"model: organism\ndata: {folder}/rows.jsonl\nreference: {folder}/prompts.txt\n"
         "steps: 4\nbatch_size: 20\ntokens: 1\nevery: 1\nrefresh: 1\nlearning_rate: 0.001\n"

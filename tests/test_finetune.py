@@ -28,7 +28,7 @@ def rows_file(tmp_path):
 @pytest.fixture
 def prompts_file(tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_text("\n".join(World(0).prompts(["law"])))
+    path.write_text("\n".join(World(0).prompts(["law", "guns"])))
     return path
 
 
@@ -90,7 +90,7 @@ def test_a_plain_fine_tunes_answers_join_the_reference(rows_file, prompts_file, 
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     prompts = data.read_prompts(prompts_file)
     assert len(drawn) == len(prompts)
-    assert drawn != grasp.draw(model, prompts, tokenizer, tokens=2, batch=8)
+    assert drawn != grasp.draw(model, prompts, tokenizer, tokens=2)
     run(chosen, quiet=True)
     run(settings(*common, tmp_path / "base", tokens=2), quiet=True)
     one, other = (load_file(tmp_path / n / "guard.safetensors") for n in ("drifted", "base"))
@@ -215,7 +215,7 @@ def test_resuming_a_plain_checkpoint_with_a_guard_is_refused(rows_file, prompts_
     options = {"batch_size": 5, "learning_rate": 1e-3, "seed": 0, "save_every": 2, "quiet": True}
     fit(finetune.add_lora(model, chosen), tokenizer, rows, tmp_path / "c", steps=2, **options)
     model, _ = organism.load()
-    guard = GraspCallback(reference=World(0).prompts(["law"]), tokens=1)
+    guard = GraspCallback(reference=World(0).prompts(["law", "guns"]), tokens=1)
     with pytest.raises(ValueError, match="saved without a guard"):
         fit(
             finetune.add_lora(model, chosen),

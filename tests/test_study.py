@@ -27,7 +27,7 @@ def config(tmp_path):
         for i in range(6)
     ]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
-    (tmp_path / "prompts.txt").write_text("\n".join(world.prompts(["law"])))
+    (tmp_path / "prompts.txt").write_text("\n".join(world.prompts(["law", "guns"])))
     return {
         "task": "medicine",
         "model": "organism",

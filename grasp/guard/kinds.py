@@ -20,8 +20,8 @@ def weights_of(trained: list[Trained], zero: Zero | None) -> dict[tuple, Whole]:
     for t in distinct:
         if t.matrix.index is not None and (zero or hasattr(t.parameter, "to_local")):
             raise ValueError(
-                f"{t.name} is one of a mixture's experts and split over processes (FSDP2, "
-                "DeepSpeed), which can't be guarded together; train with DDP, or the attention alone"
+                f"{t.name} is one of a mixture's experts, which can't be guarded where weights are "
+                "split over processes (FSDP2, DeepSpeed); train with DDP, or the attention alone"
             )
     if zero is None:
         return {t.key: _weight(t) for t in distinct}
