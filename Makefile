@@ -7,6 +7,10 @@ OUT ?= runs/demo
 DOORS := $(abspath $(VENV))/doors
 TOOLS := axolotl llama_factory unsloth
 
+# DeepSpeed is installed without compiling, and tested on the CPU, whatever the machine has.
+export DS_BUILD_OPS := 0
+export DS_ACCELERATOR := cpu
+
 .PHONY: demo test doors lint clean
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt

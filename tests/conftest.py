@@ -6,6 +6,7 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["GRASP_CACHE"] = "off"  # of subprocesses too: every start finds all anew
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # several processes meet on the CPU alone
 if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it must stand before the package is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
