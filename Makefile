@@ -4,6 +4,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 
+# DeepSpeed is installed without compiling, and tested on the CPU, whatever the machine has.
+export DS_BUILD_OPS := 0
+export DS_ACCELERATOR := cpu
+
 .PHONY: demo test lint clean
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt

@@ -5,6 +5,7 @@ import os
 import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # several processes meet on the CPU alone
 if not torch.cuda.is_available():
     # Read when a kernel is decorated, so it must stand before the package is imported.
     os.environ.setdefault("TRITON_INTERPRET", "1")
