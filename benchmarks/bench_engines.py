@@ -12,6 +12,7 @@ Of a small Llama, as a LoRA and as a full fine-tune of its blocks, with AdamW; b
                       far that moved
     in_step           whether all processes end with the same weights and bases
     step_ms, guarded_ms   medians of steps without and with a guard that take turns, bases full
+    load            the machine's load average over its cores just before: above 1 others ran too
     kills, resumed    SIGKILLs of all processes at random moments of a run with checkpoints, and
                       whether it came to the weights and the certificate of an unbroken one
 
@@ -246,6 +247,7 @@ def measure(name: str, engine: Engine, weights: str, alone: dict, kills: int, ru
         lambda: train(engine, weights, out / "whole"), engine.processes, out / "a"
     )
     takes = time.monotonic() - began
+    load = os.getloadavg()[0] / (os.cpu_count() or 1)
     taken = together(lambda: times(engine, weights), engine.processes, out / "b")[0]
     (broken, *_), struck = killed(engine, weights, out / "c", takes, kills, draw)
     return {
@@ -258,6 +260,7 @@ def measure(name: str, engine: Engine, weights: str, alone: dict, kills: int, ru
         "distance": distance(alone, first),
         "in_step": all(same(first, other) for other in others),
         **taken,
+        "load": load,
         "kills": struck,
         "resumed": same(first, broken) and first["certificate"] == broken["certificate"],
     }
@@ -282,7 +285,7 @@ def main() -> None:
     found = [r for r in kept if r["engine"] not in chosen or r["weights"] not in kinds]
     for weights in kinds:
         (alone,) = together(lambda w=weights: train(ONE, w), 1, options.runs / f"one-{weights}")
-        for name in chosen:
+        for name in (n for n in chosen if ENGINES[n].only in (None, weights)):
             row = measure(name, ENGINES[name], weights, alone, options.kills, options.runs)
             show([row])
             found.append(row)

@@ -4,11 +4,14 @@ An engine is what makes a `Run` of a model: something that takes guarded steps, 
 a whole, and is written down and taken up again.
 """
 
+import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # which DeepSpeed reads when it is imported
+import deepspeed
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -61,9 +64,37 @@ class Run:
         set_state_dict(self.model, self.optimizer, **given)
 
 
+class ZeroRun(Run):
+    """The same by DeepSpeed, and by its checkpoints; weights are those that it saves."""
+
+    def __init__(self, model: nn.Module, config: dict[str, Any]):
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        inside = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
+        self.model, self.optimizer, *_ = deepspeed.initialize(
+            model=model, optimizer=inside, config=config
+        )
+
+    def step(self, rows: Rows) -> None:
+        self.model.backward(self.model(**rows).loss)
+        self.model.step()
+
+    def whole(self) -> dict[str, Tensor]:
+        trained = {n: p for n, p in self.model.module.named_parameters() if p.requires_grad}
+        with deepspeed.zero.GatheredParameters(list(trained.values())):
+            return {n: p.detach().clone() for n, p in trained.items()}
+
+    def save(self, folder: Path) -> None:
+        self.model.save_checkpoint(str(folder), tag="run")
+
+    def load(self, folder: Path) -> None:
+        self.model.load_checkpoint(str(folder), tag="run")
+
+
 class Engine(NamedTuple):
     start: Callable[[nn.Module], Run]
     processes: int = 2
+    only: str | None = None
+    """The weights that it can train, where that is not all."""
 
 
 def split(model: nn.Module, checkpointed: bool = False, mesh=None, **options) -> nn.Module:
@@ -84,6 +115,20 @@ def fsdp2(processes: int = 2, **options) -> Engine:
     return Engine(partial(Run, wrap=partial(split, **options)), processes)
 
 
+def zero(stage: int, *, only: str | None = None, about: dict | None = None, **options) -> Engine:
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # which it only writes down
+        "zero_optimization": {"stage": stage, **options},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "gradient_clipping": 0.0,
+        **(about or {}),
+    }
+    return Engine(partial(ZeroRun, config=config), only=only)
+
+
+OFFLOADED = {"offload_optimizer": {"device": "cpu"}}
+SPLIT = {"stage3_param_persistence_threshold": 0}  # else small weights stay whole
 ONE = Engine(partial(Run, wrap=lambda model: model), 1)
 ENGINES = {
     "DDP": Engine(partial(Run, wrap=DistributedDataParallel)),
@@ -93,6 +138,12 @@ ENGINES = {
     "FSDP2, bf16": fsdp2(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
     "FSDP2, checkpointed": fsdp2(checkpointed=True),
     "FSDP2, 2 × 2": fsdp2(processes=4, mesh=(2, 2)),
+    "ZeRO-1": zero(1),
+    "ZeRO-2": zero(2),
+    "ZeRO-2, offloaded": zero(2, **OFFLOADED),
+    "ZeRO-2, bf16": zero(2, about={"bf16": {"enabled": True}}, only="LoRA"),
+    "ZeRO-3": zero(3, **SPLIT),
+    "ZeRO-3, offloaded": zero(3, **SPLIT, **OFFLOADED),
 }
 
 

@@ -258,7 +258,6 @@ REFUSED = {  # of each what DeepSpeed is told to do
     "secondary partitions": Run(3, {"zero_hpz_partition_size": 2}),
     "quantised gradients": Run(3, {"zero_quantized_gradients": True}),
     "quantised weights": Run(3, {"zero_quantized_weights": True}),
-    "NVMe": Run(3, {"offload_optimizer": {"device": "nvme", "nvme_path": "."}}),
     "weights in bf16": Run(2, about=BF16, full=True),
     "stage 0 in bf16": Run(0, about=BF16),
     "DeepCompile": Run(2, about={"compile": {"deepcompile": True}}),
@@ -274,7 +273,6 @@ WORDS = {
     "secondary partitions": PLUS,
     "quantised gradients": PLUS,
     "quantised weights": "not been implemented on CPU|ZeRO\\+\\+",  # DeepSpeed's own words
-    "NVMe": "async_io",
     "weights in bf16": "trained itself in bfloat16.*torch_autocast.*or train a LoRA",
     "stage 0 in bf16": "FP16_UnfusedOptimizer .* plain ZeRO",
     "DeepCompile": "DeepCompile .* plain ZeRO",
@@ -304,7 +302,7 @@ def _attached(name: str, run: Run) -> str:
         if name == "too early":
             early.attach()
         engine, *_ = deepspeed.initialize(model=model, **options)
-        if name == "swapped":  # as it is where DeepSpeed is built for it
+        if name == "swapped":  # as offloading to NVMe says, which compiles
             engine.optimizer.swap_optimizer = True
         if name == "split otherwise":
             own = [torch.distributed.new_group([rank]) for rank in (0, 1)]

@@ -25,6 +25,7 @@ def together(work, folder, *args, count: int = 2) -> list:
 def _process(rank: int, work, folder, port: int, count: int, args) -> None:
     torch.set_num_threads(1)
     where = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "MASTER_PORT": port}
+    where["OMP_NUM_THREADS"] = 1  # by which accelerate sets threads anew
     os.environ |= {k: str(v) for k, v in where.items()} | {"MASTER_ADDR": "127.0.0.1"}
     try:
         torch.save(work(rank, folder, *args), folder / f"{rank}.pt")
