@@ -66,6 +66,14 @@ def lora() -> nn.Module:
     return get_peft_model(build(), config)
 
 
+def frozen() -> nn.Module:
+    """A must not ask for gradients when an engine takes the model over."""
+    model = lora()
+    for name, p in model.named_parameters():
+        p.requires_grad_("lora_B" in name)
+    return model
+
+
 def full() -> nn.Module:
     model = build()
     for name, p in model.named_parameters():
@@ -74,7 +82,8 @@ def full() -> nn.Module:
 
 
 WEIGHTS: dict[str, tuple[Callable[[], nn.Module], dict]] = {
-    "LoRA": (lora, GUARD),
+    "LoRA": (lora, GUARD | {"freeze_inputs": False}),
+    "LoRA, frozen": (frozen, GUARD | {"freeze_inputs": True}),
     "full": (full, GUARD),
 }
 
@@ -103,6 +112,9 @@ def train(engine: Engine, weights: str, folder: Path | None = None) -> dict:
     found = {"certificate": guard.certificate(), "before": before, "after": run.whole()}
     found["bases"] = guard.bases
     guard.detach()
+    if engine is ONE and guard.frozen:  # which keep no basis: it is found apart, as if A trained
+        with Guard(lora(), **options | {"freeze_inputs": False}) as tracked:
+            found["inputs"] = {n: V for n, V in tracked.bases.items() if ".lora_A." in n}
     return found
 
 
@@ -142,14 +154,14 @@ def times(engine: Engine, weights: str) -> dict[str, float]:
     return {name: median(found[grown:]) for name, found in taken.items()}
 
 
-def through(found: dict) -> dict[str, float]:
-    """The most of any ΔW that lies in a basis, from whole weights."""
+def through(found: dict, alone: dict) -> dict[str, float]:
+    """The most of any ΔW that lies in a basis, from whole weights; frozen inputs' are one's."""
     before, after = (
         {n.removesuffix(".weight"): W.double() for n, W in found[key].items()}
         for key in ("before", "after")
     )
     most = {"outputs": 0.0, "inputs": 0.0}
-    for name, basis in found["bases"].items():
+    for name, basis in (found["bases"] | alone.get("inputs", {})).items():
         side = "inputs" if ".lora_A." in name or name.endswith("(inputs)") else "outputs"
         name = name.removesuffix(" (inputs)").removesuffix(".weight")
         D = after.get(name, 0) - before.get(name, 0)
@@ -254,7 +266,7 @@ def measure(name: str, engine: Engine, weights: str, alone: dict, kills: int, ru
         "engine": name,
         "processes": engine.processes,
         "weights": weights,
-        **through(first),
+        **through(first, alone),
         "certified": first["certificate"]["through"],
         "holds": first["certificate"]["holds"],
         "distance": distance(alone, first),

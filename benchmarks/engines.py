@@ -28,6 +28,11 @@ RATE = 1e-2
 Rows = dict[str, Tensor]
 
 
+def _kept(name: str, p: nn.Parameter) -> bool:
+    """Of what is compared: what trains, and a LoRA's A that is frozen."""
+    return p.requires_grad or "lora_" in name
+
+
 class Run:
     """AdamW on a model as `wrap` makes it, by torch's own checkpoints."""
 
@@ -43,13 +48,13 @@ class Run:
         self.optimizer.zero_grad()
 
     def whole(self) -> dict[str, Tensor]:
-        """The trained weights by the names of a model without wrappers; all processes must ask."""
+        """Trained weights and frozen A by the names of a bare model; all processes must ask."""
         return {
             n.replace("_checkpoint_wrapped_module.", "").removeprefix("module."): (
                 p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach()
             ).clone()
             for n, p in self.model.named_parameters()
-            if p.requires_grad
+            if _kept(n, p)
         }
 
     def save(self, folder: Path) -> None:
@@ -79,7 +84,7 @@ class ZeroRun(Run):
         self.model.step()
 
     def whole(self) -> dict[str, Tensor]:
-        trained = {n: p for n, p in self.model.module.named_parameters() if p.requires_grad}
+        trained = {n: p for n, p in self.model.module.named_parameters() if _kept(n, p)}
         with deepspeed.zero.GatheredParameters(list(trained.values())):
             return {n: p.detach().clone() for n, p in trained.items()}
 

@@ -51,11 +51,11 @@ def draw(
     _check_ids(model, rows, tokens)
     drawn = torch.rand(len(rows), tokens, generator=torch.Generator().manual_seed(seed))
     answers: dict[int, list[int]] = {}
-    bar = {"desc": "drawing continuations", "unit": "prompt", "leave": False, "delay": SILENT}
+    bar = {"desc": "drawing continuations", "unit": "token", "leave": False, "delay": SILENT}
     with (
         evaluating(model),
         torch.no_grad(),
-        tqdm(total=len(rows), disable=not processes.is_first(), **bar) as progress,
+        tqdm(total=len(rows) * tokens, disable=not processes.is_first(), **bar) as progress,
     ):
         for chosen in _together(rows, tokens):
             found = _continued(model, [rows[i] for i in chosen], drawn[chosen], progress)
@@ -99,9 +99,10 @@ def _continued(
         asked = drawn.gather(1, count.clamp(0, tokens - 1)[:, None])
         (picked,) = processes.from_first([_pick(out.logits[:, -1], asked.to(device)).cpu()])
         text[:, at] = torch.where(count < 0, text[:, at], picked)
-        done = int(over.sum())
-        over |= (count >= 0) & (torch.isin(text[:, at], ends) | (count + 1 >= tokens))
-        progress.update(int(over.sum()) - done)
+        progress.update(int(((count >= 0) & ~over).sum()))
+        ended = (count >= 0) & ~over & torch.isin(text[:, at], ends)
+        progress.update(int((tokens - 1 - count)[ended].sum()))  # what they will not say
+        over |= ended | (count + 1 >= tokens)
         at += 1
     said = [line[n : n + tokens] for line, n in zip(text, lengths.tolist(), strict=True)]
     return [line[: _first(torch.isin(line, ends)) + 1].tolist() for line in said]
