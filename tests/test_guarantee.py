@@ -400,3 +400,22 @@ def test_what_was_never_attached_has_no_certificate():
     for call in (guard.certificate, guard.pin):
         with pytest.raises(RuntimeError, match="attach first"):
             call()
+
+
+def test_one_step_with_little_left_to_learn_in():
+    """Of A a tenth is left off V, so rounding to what it was is ten times as much of it."""
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-3)
+    options = {"tokens": 4, "read": 0.97, "freeze_inputs": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        guard = Guard(model, reference=PROMPTS[:12], optimizer=optimizer, **options).attach()
+    train(model, optimizer, 1)
+    guard.detach()
+    state = {n.removesuffix(".weight"): p.detach().double() for n, p in model.named_parameters()}
+    left = []
+    for name, V in guard.bases.items():
+        A, B = state[name], state[name.replace("lora_A", "lora_B")]
+        left.append(V.shape[1] / V.shape[0])
+        assert float((B @ A @ V.double()).norm() / (B @ A).norm()) <= 1e-6, name
+    assert max(left) > 0.9

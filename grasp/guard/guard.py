@@ -375,6 +375,7 @@ class Guard:
         if self._weights is None:
             held = [g for g in self.guarded if g.basis.shape[1]]
             self._weights = Projections(held, gradients=False)
+            self._weights()  # twice at first: where little of a weight is left, rounding is much
         self._weights()
         if id(optimizer) not in self._averages:
             shown = partial(averages, optimizer)
