@@ -170,7 +170,7 @@ class ZeroGradients(Gradients):
     def _keep(self) -> None:
         for projections in self._laid.values():
             for projector, group in projections.projectors:
-                for g, sums in zip(group, projector.energies(), strict=True):
+                for (g, _), sums in zip(group, projector.energies(), strict=True):
                     self._sums[id(g)] = self._sums.get(id(g), 0) + sums
 
 
