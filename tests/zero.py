@@ -13,7 +13,7 @@ from grasp import Guard
 from tests.models import PROMPTS, batch, build, subspaces, trainable, with_lora
 
 STEPS, KEPT = 5, 3
-GROWTH = {"reference": PROMPTS[6:10], "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "grow": 1}
+GROWTH = {"reference": PROMPTS[:6], "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "grow": 1}
 ROWS = 4  # of a batch, over all processes and micro-batches
 SPLIT = {"stage3_param_persistence_threshold": 0}  # ZeRO-3 keeps small weights whole
 

@@ -175,6 +175,7 @@ class Guard:
                 load(self, Path(state), self._known)
             elif self.growth is not None:
                 self.growth.start(found, [*self.guarded, *self.frozen])
+                self._settle()
             self.watch = Watch(self.model)
             checks.tell_held(self.guarded, 0 if self.growth is None else self.growth.rank)
             checks.take_over(self, [t.parameter for t in trained])
@@ -300,6 +301,16 @@ class Guard:
         if not (self.guarded or self.frozen):
             raise RuntimeError("nothing is guarded yet; attach first")
 
+    def _settle(self) -> None:
+        """Put each fresh LoRA's A where its pin holds it; while B is 0 that changes no output.
+
+        Twice, as rounding leaves much along V where little of A is off it.
+        """
+        fresh = [g for g in self.guarded if g.is_fresh_input and g.basis.shape[1]]
+        for _ in range(2):
+            Projections(fresh, gradients=False)()
+        self.publish()
+
     def _written(self, found: Architecture) -> dict[str, Tensor]:
         if self.subspaces is None:
             return {}
@@ -375,7 +386,6 @@ class Guard:
         if self._weights is None:
             held = [g for g in self.guarded if g.basis.shape[1]]
             self._weights = Projections(held, gradients=False)
-            self._weights()  # twice at first: where little of a weight is left, rounding is much
         self._weights()
         if id(optimizer) not in self._averages:
             shown = partial(averages, optimizer)
