@@ -145,14 +145,16 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
 
 
 def test_frozen_where_bases_would_be_large_and_says_so(monkeypatch):
-    monkeypatch.setattr(frozen, "LARGE", 1000)
-    with pytest.warns(UserWarning, match=r"would take about .* GiB, so each LoRA's A is put off"):
+    monkeypatch.setattr(frozen, "LARGE", 4000)
+    with pytest.warns(UserWarning, match=r"would take about .* GiB: each LoRA's A is put off"):
         guard = Guard(lora(), **OPTIONS).attach()
     assert guard.frozen
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         guard = Guard(lora(), freeze_inputs=False, **OPTIONS).attach()
     assert not guard.frozen
+    few = Guard(lora(), read_rank=1, **OPTIONS).attach()
+    assert not few.frozen  # bases of a direction each are small
     whole = build()
     for name, p in whole.named_parameters():
         p.requires_grad_("_proj" in name)

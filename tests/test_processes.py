@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from grasp import GraspCallback, Guard
+from grasp.bases import inputs
 from grasp.model import processes as ranks
 from grasp.study import finetune
 from grasp.study.settings import Settings
@@ -90,6 +91,21 @@ def _refused(rank: int, folder) -> str:
     with pytest.raises(RuntimeError, match="one process") as pipeline:
         finetune.run(Settings(model="m", data="d", out=str(folder / "run")))
     return str(pipeline.value)
+
+
+def _unsure(rank: int, folder) -> dict:
+    """One process finds its bases stable at once, the other never."""
+    dist.init_process_group("gloo")
+    inputs._is_stable = lambda basis: rank == 1
+    model = with_lora(build())
+    with Guard(DistributedDataParallel(model), quick=False, **GROWTH) as guard:
+        return guard.bases
+
+
+def test_all_draw_more_where_one_would(tmp_path):
+    """Drawing takes all of them, so that one that does not would leave the others waiting."""
+    first, second = together(_unsure, tmp_path)
+    assert all(torch.equal(V, second[name]) for name, V in first.items()) and first
 
 
 def test_a_command_is_refused_before_processes_meet(tmp_path):

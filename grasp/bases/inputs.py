@@ -180,7 +180,9 @@ def _look(
     while True:
         _add(stream, n, owners, fresh, moments)
         bases = {name: choose(own, *options) for name, own in moments.items()}
-        if all(map(_is_stable, bases.values())) or not (fresh := tokens.more()):
+        stable = torch.tensor(all(map(_is_stable, bases.values())))
+        (stable,) = processes.from_first([stable])  # drawing takes all of them
+        if bool(stable) or not (fresh := tokens.more()):
             break
     seldom = [m for m in owners if m.index is not None and moments[m.name].count < FEW]
     few += [m.name for m in seldom]

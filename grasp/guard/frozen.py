@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from grasp.bases.cache import digest
-from grasp.bases.inputs import input_bases
+from grasp.bases.growth import Growth
 from grasp.bases.spectrum import InputBasis
-from grasp.data import IGNORED, draw
-from grasp.guard.weights import Whole
+from grasp.guard.weights import Whole, exact
 from grasp.model import Trained, inspect, lora_factors
 
 LARGE = 2**30  # bytes of bases of inputs above which A is frozen, if nothing else is said
@@ -52,13 +51,13 @@ class Frozen:
     def take(self, basis: InputBasis) -> None:
         """Put A off a basis, and freeze it."""
         with torch.no_grad():
-            exact = _exact(self.weight.now())
-            inside = basis.inside(exact)
-            self.size = float(inside.norm() / exact.norm())
+            A = exact(self.weight.now())
+            inside = basis.inside(A)
+            self.size = float(inside.norm() / A.norm())
             for _ in range(2):  # V is orthonormal to rounding alone, and little may be left of A
-                exact = exact - basis.inside(exact)
-            self.weight.put(exact)
-            left = basis.inside(_exact(self.weight.now()))
+                A = A - basis.inside(A)
+            self.weight.put(A)
+            left = basis.inside(exact(self.weight.now()))
         self.left = (left @ left.mT).cpu()
         self.rank, self.share = basis.rank, basis.share
         self.freeze()
@@ -98,7 +97,7 @@ class Frozen:
 
     def through(self) -> float:
         """‖ΔW V‖ / ‖ΔW‖."""
-        A, B = _exact(self.weight.now()), _exact(self.partner.now())
+        A, B = exact(self.weight.now()), exact(self.partner.now())
         inner = (B.mT @ B).cpu()
         size = float((inner * (A @ A.mT).cpu()).sum().clamp_min(0).sqrt())
         inside = float((inner * self.left).sum().clamp_min(0).sqrt())
@@ -116,7 +115,10 @@ class Frozen:
 
 
 def frozen_of(
-    reading: Sequence[Trained], weights: dict[tuple, Whole], freeze: bool | None
+    reading: Sequence[Trained],
+    weights: dict[tuple, Whole],
+    freeze: bool | None,
+    rank: int | None = None,
 ) -> list[Frozen]:
     """Of what reads inputs, what is to be frozen.
 
@@ -124,6 +126,7 @@ def frozen_of(
         reading: parameters that are kept off inputs.
         weights: all that are trained, by their keys, as they were remembered.
         freeze: what was asked for; None leaves it to how large the bases would be.
+        rank: largest k of a basis; None sets no limit.
 
     Raises:
         ValueError: freezing was asked for, and one is no LoRA whose B is 0.
@@ -143,9 +146,8 @@ def frozen_of(
         if not fresh:
             return []
     already = all(not t.parameter.requires_grad for t in reading)
-    if not (already and freeze is not False) and not _wanted(
-        freeze, [(t.name, t.size, 1) for t in reading]
-    ):
+    inputs = [(t.name, t.size, 1) for t in reading]
+    if not (already and freeze is not False) and not _wanted(freeze, inputs, rank):
         return []
     return [
         Frozen(t, weights[t.key], weights[t.partner_key], t.parameter.requires_grad)
@@ -153,19 +155,21 @@ def frozen_of(
     ]
 
 
-def bytes_of(inputs: Iterable[tuple[str, int, int]]) -> int:
+def bytes_of(inputs: Iterable[tuple[str, int, int]], rank: int | None = None) -> int:
     """How much bases of inputs will take, about.
 
     Args:
         inputs: the name of each LoRA's A, as `block.0.attention.q.lora_A.default`, d, and how many
             experts it is of. Maps side by side take in the same, but for experts.
+        rank: largest k of a basis; None sets no limit.
     """
     distinct = set()
     for name, d, count in inputs:
         place = name.partition(".lora_A")[0]
         beside, _, last = place.rpartition(".")
         distinct.add((place if last.isdigit() or count > 1 else beside, d, count))
-    return int(sum(4 * FILLED * d * d * count for _, d, count in distinct))
+    each = [(d, count, min(FILLED * d, rank or d)) for _, d, count in distinct]
+    return int(sum(4 * d * k * count for d, count, k in each))
 
 
 def init_lora_null(
@@ -208,19 +212,12 @@ def init_lora_null(
     frozen = frozen_of(reading, weights, True)
     if not frozen:
         raise ValueError("model has no LoRA that trains; add one first (peft.get_peft_model)")
-    drawn = draw(model, prompts, tokenizer, tokens=tokens, seed=seed)
-    rows = [(tuple(ids[: labels.count(IGNORED)]), ids) for ids, labels in drawn]
-    of = {f.trained.matrix.name: [] for f in frozen}
-    for f in frozen:
-        of[f.trained.matrix.name].append(f)
-    matrices = list({f.trained.matrix.name: f.trained.matrix for f in frozen}.values())
-    for names, basis in input_bases(found, matrices, rows, read, read_rank, quick=quick):
-        for f in (f for name in names for f in of[name]):
-            f.take(basis)
+    options = {"read": read, "read_rank": read_rank, "quick": quick, "tokens": tokens, "seed": seed}
+    Growth(prompts, tokenizer=tokenizer, rank=0, **options).start(found, frozen)
     return {f.name: {"rank": f.rank, "share": f.share, "before": f.size} for f in frozen}
 
 
-def freeze_early(model: nn.Module, freeze: bool | None) -> None:
+def freeze_early(model: nn.Module, freeze: bool | None, rank: int | None = None) -> None:
     """Freeze each LoRA's A before a trainer wraps the model, if `frozen_of` is to.
 
     A wrapper for several processes waits for gradients of all that asks for them when it is made.
@@ -228,25 +225,21 @@ def freeze_early(model: nn.Module, freeze: bool | None) -> None:
     factors = lora_factors(model)
     fresh = all(B.is_meta or not bool(B.detach().any()) for _, _, B, _ in factors)
     inputs = [(name, A.shape[-1], count) for name, A, _, count in factors]
-    if fresh and _wanted(freeze, inputs):
+    if fresh and _wanted(freeze, inputs, rank):
         for _, A, _, _ in factors:
             A.requires_grad_(False)
 
 
-def _wanted(freeze: bool | None, inputs: Sequence[tuple[str, int, int]]) -> bool:
+def _wanted(freeze: bool | None, inputs: Sequence[tuple[str, int, int]], rank: int | None) -> bool:
     """Whether A is to be frozen; if nobody said so but for the bases' size, that is told."""
-    size = bytes_of(inputs)
+    size = bytes_of(inputs, rank)
     if freeze is not None or size <= LARGE:
         return bool(freeze)
     warnings.warn(
-        f"bases of inputs would take about {size / 2**30:.1f} GiB, so each LoRA's A is put off the "
-        "inputs that are blocked and B alone trains; such a LoRA wants a larger r and a higher "
-        "learning rate. To train A too give freeze_inputs=False",
+        f"bases of inputs would take about {size / 2**30:.1f} GiB: each LoRA's A is put off the "
+        "inputs that are blocked, and B alone trains; such a LoRA wants r 16 or more and a higher "
+        "learning rate, and learns less. To train A too give freeze_inputs=False, or read_rank, "
+        "the most directions of a basis",
         stacklevel=5,
     )
     return True
-
-
-def _exact(T: Tensor) -> Tensor:
-    T = T.detach()
-    return (T.cpu() if T.device.type == "mps" else T).double()  # MPS has no fp64

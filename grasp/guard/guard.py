@@ -323,7 +323,7 @@ class Guard:
             return []
         if state is not None:
             return frozen_as(found.reading(), weights, Path(state))
-        frozen = frozen_of(found.reading(), weights, self.freeze_inputs)
+        frozen = frozen_of(found.reading(), weights, self.freeze_inputs, self.growth.read_rank)
         if any(f.asked for f in frozen) and sharding.is_wrapped(self.wrapped):
             checks.refuse_late(self.freeze_inputs)
             return []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import grasp_kernels as gk
 from grasp.bases.spectrum import InputBasis
-from grasp.guard.weights import Whole
+from grasp.guard.weights import Whole, exact
 from grasp.model import Trained
 from grasp_kernels.arguments import Side
 from grasp_kernels.matrices import in_vectors
@@ -148,7 +148,7 @@ class Guarded:
         carried = self.weight.whole(self.pinned, side)
         carried = carried.mT if self.left else carried  # [r, k]
         U, S, _ = torch.linalg.svd(carried.double(), full_matrices=False)
-        Q = U[:, S > SHARE * float(_exact(self.weight.whole(self.weight.start())).norm())].float()
+        Q = U[:, S > SHARE * float(exact(self.weight.whole(self.weight.start())).norm())].float()
         pins = [own]
         if Q.shape[1]:
             C = _coefficients(self.partner, self.partner.start(), Q, side)
@@ -157,7 +157,7 @@ class Guarded:
 
     def change(self) -> "Change":
         """How far the weight is from where it began, and how much of that lies in the basis."""
-        U = _exact(self.basis)
+        U = exact(self.basis)
         if self.partner is None:
             now, start = _now(self.weight), _began(self.weight)
             D = now - start
@@ -205,16 +205,11 @@ def _coefficients(weight: Whole, T: Tensor, basis: Tensor, side: Side) -> Tensor
 
 
 def _now(weight: Whole) -> Tensor:
-    return _exact(weight.now())
+    return exact(weight.now())
 
 
 def _began(weight: Whole) -> Tensor:
-    return _exact(weight.whole(weight.start()))
-
-
-def _exact(T: Tensor) -> Tensor:
-    T = T.detach()
-    return (T.cpu() if T.device.type == "mps" else T).double()  # MPS has no fp64
+    return exact(weight.whole(weight.start()))
 
 
 def _product_norm(B: Tensor, A: Tensor) -> float:

@@ -58,7 +58,7 @@ class GraspCallback(TrainerCallback):
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         if self.reference is not None and self.options.get("read") != 0 and model is not None:
-            freeze_early(model, self.options.get("freeze_inputs"))
+            freeze_early(model, *map(self.options.get, ("freeze_inputs", "read_rank")))
         if (loop := calling()) is not None:
             go_first(self, loop.trainer)
             release_at_the_end(self, loop.trainer)

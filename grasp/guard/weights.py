@@ -139,3 +139,9 @@ def product(T: Tensor, basis: Tensor, side: Side) -> Tensor:
     """Uᵀ T, or T U on the right side, in fp32 at least."""
     T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
     return basis.mT.to(T) @ T if side == "left" else T @ basis.to(T)
+
+
+def exact(T: Tensor) -> Tensor:
+    """In fp64, which MPS has not: there on the CPU."""
+    T = T.detach()
+    return (T.cpu() if T.device.type == "mps" else T).double()
