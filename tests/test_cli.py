@@ -43,7 +43,7 @@ def test_installed_command_refuses_with_its_exit_code():
         [sys.executable, "-m", "grasp.cli", "discover", "none"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stdout == ""
-    assert "grasp: no adapter in none" in [line[:25] for line in done.stderr.splitlines()]
+    assert done.stderr.startswith("grasp: no adapter in none")
     assert len(done.stderr.splitlines()) == 1
 
 

@@ -1,5 +1,6 @@
 """The command line: each command takes a YAML config whose keys are its options."""
 
+import logging
 import sys
 
 import typer
@@ -30,6 +31,8 @@ for command in (demo, finetune, discover, evaluate, compare, screen, report, doc
 
 def main() -> None:
     """Run the command line; a refusal is one clear line and exit code 1, a usage error 2."""
+    # On a CPU it tells of a faster kernel that is not installed, whenever PEFT imports it.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         app(standalone_mode=True)
     except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:

@@ -175,7 +175,6 @@ class Guard:
                 load(self, Path(state), self._known)
             elif self.growth is not None:
                 self.growth.start(found, [*self.guarded, *self.frozen])
-                self._settle()
             self.watch = Watch(self.model)
             checks.tell_held(self.guarded, 0 if self.growth is None else self.growth.rank)
             checks.take_over(self, [t.parameter for t in trained])
@@ -301,16 +300,6 @@ class Guard:
         if not (self.guarded or self.frozen):
             raise RuntimeError("nothing is guarded yet; attach first")
 
-    def _settle(self) -> None:
-        """Put each fresh LoRA's A where its pin holds it; while B is 0 that changes no output.
-
-        Twice, as rounding leaves much along V where little of A is off it.
-        """
-        fresh = [g for g in self.guarded if g.is_fresh_input and g.basis.shape[1]]
-        for _ in range(2):
-            Projections(fresh, gradients=False)()
-        self.publish()
-
     def _written(self, found: Architecture) -> dict[str, Tensor]:
         if self.subspaces is None:
             return {}
@@ -362,6 +351,8 @@ class Guard:
         pins = not (self.optimizer is self.growth is self.zero is None)  # else gradients alone
         if pins:
             self._pin(optimizer)
+            if self.steps == 0:  # of A little may be left off V, and rounding be much of that
+                self._pin(optimizer)
         if self._steps.end(optimizer) and pins:
             self._after_all(optimizer)
 

@@ -74,12 +74,6 @@ class Guarded:
     def left(self) -> bool:
         return self.trained.side == "left"
 
-    @property
-    def is_fresh_input(self) -> bool:
-        """Whether it is the A of a LoRA whose B began at 0."""
-        inputs = self.trained.holds == "inputs" and self.partner is not None
-        return inputs and self.weight.kept is None
-
     def saved(self) -> dict[str, Tensor]:
         """What a resumed run must not make anew, by `SAVED` key, of the weight as a whole."""
         found = {key: t for key in SAVED if (t := getattr(self, key)) is not None}
