@@ -138,11 +138,11 @@ class Guarded:
         own = Pin(self.weight, self.trained.side, self.basis, self.pinned)
         if self.partner is None or self.partner.kept is None:
             return [own]
-        side = self.trained.side
-        carried = self.weight.whole(self.pinned, side)
-        carried = carried.mT if self.left else carried  # [r, k]
-        U, S, _ = torch.linalg.svd(carried.double(), full_matrices=False)
-        Q = U[:, S > SHARE * float(exact(self.weight.whole(self.weight.start())).norm())].float()
+        side, start = self.trained.side, exact(self.weight.start())
+        carried = self.weight.whole(self.coefficients(start), side)  # not `pinned`: as fp32 has it
+        carried = carried.mT if self.left else carried  # [r, k]; a direction that carries little
+        U, S, _ = torch.linalg.svd(carried, full_matrices=False)  # may be all of the other factor's
+        Q = U[:, S > SHARE * float(self.weight.whole(start).norm())].to(self.device, torch.float32)
         pins = [own]
         if Q.shape[1]:
             C = _coefficients(self.partner, self.partner.start(), Q, side)
