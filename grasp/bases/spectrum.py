@@ -6,7 +6,8 @@
     W [d, d − k]           the others: (I − V Vᵀ) = W Wᵀ
 
 k is at most the rank of C, as further directions would be noise, and leaves a sixteenth of the
-space to learn in.
+space to learn in. Of the widest inputs, whose eigenvectors would take minutes, W is a subspace in
+which C is small, a quarter of the space at most: V holds the share that is asked for, or more.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from torch import Tensor
 from grasp_kernels.matrices import in_vectors
 
 HELD = 4096  # inputs of held-out prompts that are kept to judge by
-WIDEST = 4096  # d up to which all eigenvectors are found; above it the last ones, if they will do
+WIDEST = 4096  # d up to which all eigenvectors are found; above it three quarters or more is V
 ROOM = 16  # of d one part is always left to learn in
 NOISE = 1e-6  # of the largest eigenvalue: what is below is rounding
 PANELS = 8  # of C are added to one at a time: it is symmetric, so what is above them is left out
@@ -58,8 +59,10 @@ class Moments:
         return torch.cat(self._held) if self._kept else None
 
     def covariance(self) -> Tensor:
-        """C, of which `add` keeps the lower half alone."""
-        return self.C.tril() + self.C.tril(-1).mT
+        """C, of which `add` keeps the lower half alone: written over what is above it."""
+        self.C.tril_()
+        self.C += self.C.tril(-1).mT
+        return self.C
 
 
 @dataclass(frozen=True)
@@ -110,13 +113,12 @@ def choose(
         C, held = C.cpu(), None if held is None else held.cpu()
     found = None
     if d > WIDEST and rank is None and not bottom:
-        found = _last(C, held, energy, moments.count)
-    if found is None:
-        found = _all(C, held, energy, rank, bottom)
-    D, complement = found
+        found = _others(C, held, energy, moments.count)
+    complement = found is not None
+    D, inside = found or _leading(C, held, energy, rank, bottom)
     total = float(C.diagonal().sum())
-    inside = float(((C @ D) * D).sum()) / total if total > 0 else 0.0
-    sample = 1 - inside if complement else inside
+    seen = inside / total if total > 0 else 0.0
+    sample = 1 - seen if complement else seen
     share = sample
     if held is not None:
         along = float((held @ D).square().sum()) / float(held.square().sum())
@@ -125,10 +127,10 @@ def choose(
     return InputBasis(D, complement, share, sample, moments.count)
 
 
-def _all(
+def _leading(
     C: Tensor, held: Tensor | None, energy: float, rank: int | None, bottom: bool
-) -> tuple[Tensor, bool]:
-    """V by way of all eigenvectors."""
+) -> tuple[Tensor, float]:
+    """V by way of all eigenvectors, and tr(Vᵀ C V)."""
     values, vectors = torch.linalg.eigh(C)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     d = len(C)
@@ -137,34 +139,36 @@ def _all(
     k = int((each.double().cumsum(0) < energy * total).sum()) + 1
     most = int((values > NOISE * values[0]).sum())
     k = min(k, most, d - -(-d // ROOM), d if rank is None else rank)
-    V = vectors[:, d - k :] if bottom else vectors[:, :k]
-    return torch.linalg.qr(V).Q, False
+    chosen = slice(d - k, None) if bottom else slice(k)
+    return torch.linalg.qr(vectors[:, chosen]).Q, float(values[chosen].sum())
 
 
-def _last(C: Tensor, held: Tensor | None, energy: float, count: int) -> tuple[Tensor, bool] | None:
-    """W, if V is to be three quarters of the space or more; None if it is less.
+def _others(
+    C: Tensor, held: Tensor | None, energy: float, count: int
+) -> tuple[Tensor, float] | None:
+    """W, a quarter of the space at most, and tr(Wᵀ C W); None if so few inputs leave more empty.
 
-    A random subspace, twice through (C + ε)⁻¹ by Cholesky, then Rayleigh-Ritz: what of it C's
-    inverse magnifies most comes first. ε, a thousandth of the mean eigenvalue, keeps it from
+        (C + ε) Y = Ω [d, d/4],    Y = W R    ⇒    C W = (Ω − ε Y) R⁻¹
+
+    A random subspace goes through C's inverse, so that W is where C is small; any of its columns
+    hold about as much of what is held out. ε, a thousandth of the mean eigenvalue, keeps it from
     telling apart what is nearly empty. Source: Halko et al., arXiv:0909.4061, 4.5.
     """
     d = len(C)
-    mean = float(C.diagonal().mean())
-    L, failed = torch.linalg.cholesky_ex(C + 1e-3 * mean * torch.eye(d, device=C.device))
+    most, ridge = d // 4, 1e-3 * float(C.diagonal().mean())
+    if d - count > most:
+        return None
+    L = C.clone()
+    L.diagonal().add_(ridge)
+    L, failed = torch.linalg.cholesky_ex(L)
     if bool(failed):
         return None
-    W = torch.randn(d, d // 4, generator=torch.Generator().manual_seed(0)).to(C)
-    for _ in range(2):
-        W = torch.linalg.qr(torch.cholesky_solve(W, L)).Q
-    values, vectors = torch.linalg.eigh(W.mT @ (C @ W))
-    W = W @ vectors
-    each = values.clamp_min(0) if held is None else (held @ W).square().sum(0)
+    drawn = torch.randn(d, most, generator=torch.Generator().manual_seed(0)).to(C)
+    W, R = torch.linalg.qr(torch.cholesky_solve(drawn, L))
+    through = torch.linalg.solve_triangular(R, drawn, upper=True, left=False)  # (C + ε) W
+    inside = ((W * through).sum(0) - ridge).clamp_min(0)
+    each = inside if held is None else (held @ W).square().sum(0)
     total = C.diagonal().sum() if held is None else held.square().sum()
-    m = max(
-        d - count,
-        -(-d // ROOM),
-        int((each.double().cumsum(0) <= (1 - energy) * float(total)).sum()),
-    )
-    if m >= W.shape[1]:
-        return None
-    return torch.linalg.qr(W[:, :m]).Q, True
+    few = int((each.double().cumsum(0) <= (1 - energy) * float(total)).sum())
+    m = max(d - count, -(-d // ROOM), few)
+    return W[:, :m].contiguous(), float(inside[:m].sum())

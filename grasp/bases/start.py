@@ -17,7 +17,7 @@ from grasp.bases.spectrum import InputBasis
 from grasp.data import Reference, tokenized
 from grasp.model import Architecture, Trained, processes, sharding
 
-VERSION = 1  # of what is kept: raise it when what is found, or how, is another
+VERSION = 2  # of what is kept: raise it when what is found, or how, is another
 
 
 class Reading(Protocol):

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from grasp.model import Block, Matrix, evaluating, given, sharding, unfused
+from grasp.model import Block, Matrix, evaluating, given, resting, sharding, unfused
 
 See = Callable[[Tensor, "Batch"], None]
 Watched = tuple[Matrix, See, bool]  # what it takes in is shown; of an expert, only what it is sent
@@ -132,7 +132,8 @@ class Stream:
 
     @contextmanager
     def _quiet(self) -> Iterator[None]:
-        with evaluating(self.model), unfused(self.model), torch.no_grad():
+        model = self.model
+        with evaluating(model), unfused(model), resting(model), torch.no_grad():
             yield
 
     @contextmanager

@@ -15,10 +15,10 @@ from tqdm.auto import tqdm
 
 from grasp.data.prompts import tokenized
 from grasp.data.rows import IGNORED
-from grasp.model import evaluating, partitions, processes, sharding
+from grasp.model import evaluating, partitions, processes, resting, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
-TOGETHER = 64  # prompts that run side by side
+KEPT = 2**31  # bytes of keys and values of the prompts that run side by side, about
 SILENT = 5  # seconds before a bar shows
 
 
@@ -54,23 +54,46 @@ def draw(
     bar = {"desc": "drawing continuations", "unit": "token", "leave": False, "delay": SILENT}
     with (
         evaluating(model),
+        resting(model),
         torch.no_grad(),
         tqdm(total=len(rows) * tokens, disable=not processes.is_first(), **bar) as progress,
     ):
-        for chosen in _together(rows, tokens):
+        for chosen in _together(rows, tokens, _cache_bytes(model)):
             found = _continued(model, [rows[i] for i in chosen], drawn[chosen], progress)
             answers |= dict(zip(chosen, found, strict=True))
     return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
 
 
-def _together(rows: Sequence[Sequence[int]], tokens: int) -> Iterator[list[int]]:
-    """Which rows run side by side: of like length, so that few steps only read a prompt."""
+def _together(rows: Sequence[Sequence[int]], tokens: int, each: int) -> Iterator[list[int]]:
+    """Which rows run side by side: as many as a cache of `each` bytes a token has room for.
+
+    Of like length, so that few steps only read a prompt. A step reads all weights, for few rows as
+    for many.
+    """
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while waiting:
         longest = len(rows[waiting[0]]) + tokens
-        chosen = [i for i in waiting[:TOGETHER] if len(rows[i]) <= longest]
+        chosen = [
+            i
+            for n, i in enumerate(waiting)
+            if not n or len(rows[i]) <= min(longest, KEPT // (each * (n + 1)) - tokens)
+        ]
         waiting = waiting[len(chosen) :]
         yield chosen
+
+
+def _cache_bytes(model: nn.Module) -> int:
+    """Of a token's keys and values in all layers, of an attention as most have it."""
+
+    def number(name: str, otherwise: int) -> int:
+        found = getattr(config, name, None)
+        return found if isinstance(found, int) and found > 0 else otherwise
+
+    config = model.config.get_text_config()
+    heads = number("num_attention_heads", 1)
+    width = number("head_dim", number("hidden_size", 4096) // heads)
+    layers, shared = number("num_hidden_layers", 32), number("num_key_value_heads", heads)
+    return 2 * layers * shared * width * max(2, next(model.parameters()).element_size())
 
 
 def _continued(
@@ -126,11 +149,15 @@ def _ends(model: nn.Module) -> Tensor:
     return torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
 
 
-def _last_logits(model: nn.Module) -> dict[str, int]:
-    """What asks a model for the last position's logits alone, where it can be asked."""
+def _last_logits(model: nn.Module) -> dict[str, Tensor]:
+    """What asks a model for the last position's logits alone, where it can be asked.
+
+    By an index, which takes a copy: a slice of hidden states is not contiguous, and torch then
+    multiplies them on a CPU with a copy of the whole head for each row.
+    """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(inner.forward).parameters
-    return {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    return {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
 
 
 def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from grasp.data.drawing import Continued, draw
 from grasp.data.rows import pad
-from grasp.model import evaluating
+from grasp.model import evaluating, resting
 
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
 
@@ -58,7 +58,7 @@ class Reference:
         # A position is compared where the next token is the continuation's.
         self.compared = (padded["labels"] >= 0).roll(-1, 1)
         self.compared[:, -1] = False
-        with evaluating(model), torch.no_grad():
+        with evaluating(model), resting(model), torch.no_grad():
             kept = [self._distribution(model, [i]) for i in range(len(continued))]
         self.top, self.base = ([k[n] for k in kept] for n in (0, 1))
 

@@ -1,9 +1,10 @@
 """A LoRA's A put off what its map takes in, and not trained: nothing is left to hold.
 
-    A ← A (I − V Vᵀ)      ⇒      ΔW V = B A V = 0, whatever becomes of B
+    A ← s A (I − V Vᵀ)      ⇒      ΔW V = B A V = 0, whatever becomes of B
 
-under any optimizer, in any number of processes, and V need not be kept. Of A V, which rounding
-leaves, the Gram matrix is: with it ‖ΔW V‖² = tr(B (A V)(A V)ᵀ Bᵀ) for any B.
+under any optimizer, in any number of processes, and V need not be kept. s keeps ‖A‖ what it was,
+so that B learns at a rate that does not depend on how much was taken out. Of A V, which rounding
+leaves, the Gram matrix is kept: with it ‖ΔW V‖² = tr(B (A V)(A V)ᵀ Bᵀ) for any B.
 """
 
 import warnings
@@ -20,6 +21,7 @@ from grasp.guard.weights import Whole, exact
 from grasp.model import Trained, inspect, lora_factors
 
 LARGE = 2**30  # bytes of bases of inputs above which A is frozen, if nothing else is said
+LITTLE = 1e-2  # of ‖A‖: if no more is left off V it stays as small
 FILLED = 0.7  # of d: how many directions a basis has, about, with the default read
 
 
@@ -53,10 +55,11 @@ class Frozen:
         with torch.no_grad():
             A = exact(self.weight.now())
             inside = basis.inside(A)
-            self.size = float(inside.norm() / A.norm())
+            size = A.norm()
+            self.size = float(inside.norm() / size)
             for _ in range(2):  # V is orthonormal to rounding alone, and little may be left of A
                 A = A - basis.inside(A)
-            self.weight.put(A)
+            self.weight.put(A * (size / A.norm()) if A.norm() > LITTLE * size else A)
             left = basis.inside(exact(self.weight.now()))
         self.left = (left @ left.mT).cpu()
         self.rank, self.share = basis.rank, basis.share
@@ -185,7 +188,7 @@ def init_lora_null(
 ) -> dict[str, dict]:
     """Put each LoRA's A off what its map takes in on unrelated prompts, and freeze it.
 
-        A ← A (I − V Vᵀ)      ⇒      ΔW V = B A V = 0
+        A ← s A (I − V Vᵀ)      ⇒      ΔW V = B A V = 0, ‖A‖ as it was
 
     It is all that a guard does on the side of inputs: train B in any way afterwards.
 

@@ -11,7 +11,7 @@ from grasp.model.architecture import (
     lora_update,
 )
 from grasp.model.loading import adapted, load_adapter, load_model
-from grasp.model.modes import asking, base_model, evaluating, given, unfused
+from grasp.model.modes import asking, base_model, evaluating, given, resting, unfused
 from grasp.model.probe import inspect
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "lora_update",
     "partitions",
     "processes",
+    "resting",
     "sharding",
     "unfused",
 ]

@@ -6,7 +6,7 @@ from itertools import chain
 
 from torch import Tensor, nn
 
-from grasp.model.sharding import reshard
+from grasp.model.sharding import is_split, reshard
 
 
 @contextmanager
@@ -116,6 +116,35 @@ def unfused(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, value in aside:
             setattr(module, name, value)
+
+
+@contextmanager
+def resting(model: nn.Module) -> Iterator[None]:
+    """Without the LoRAs whose B is 0, which add nothing to an output and double what it takes.
+
+    Where weights are split over processes all of them run, since no process sees a whole B.
+    """
+    idle = [] if is_split(model) else [m for m in model.modules() if _adds_nothing(m)]
+    for module in idle:  # not `enable_adapters`, which sets what asks for gradients too
+        module._disable_adapters = True
+    try:
+        yield
+    finally:
+        for module in idle:
+            module._disable_adapters = False
+
+
+def _adds_nothing(module: nn.Module) -> bool:
+    """Whether it is PEFT's wrapper of a map whose adapters are all plain LoRAs with B = 0."""
+    adapters = getattr(module, "lora_B", None)
+    if not adapters or module.merged or module.disable_adapters:
+        return False
+    if getattr(module, "lora_variant", None):
+        return False
+    return all(
+        isinstance(B, nn.Linear) and B.bias is None and not bool(B.weight.detach().any())
+        for B in adapters.values()
+    )
 
 
 def given(args: tuple, kwargs: dict) -> Tensor:
