@@ -21,6 +21,7 @@ from grasp_kernels.matrices import in_vectors
 HELD = 4096  # inputs of held-out prompts that are kept to judge by
 WIDEST = 4096  # d up to which all eigenvectors are found; above it three quarters or more is V
 ROOM = 16  # of d one part is always left to learn in
+TINY = torch.finfo(torch.float32).tiny
 NOISE = 1e-6  # of the largest eigenvalue: what is below is rounding
 PANELS = 8  # of C are added to one at a time: it is symmetric, so what is above them is left out
 
@@ -35,6 +36,7 @@ class Moments:
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
         self.C = torch.zeros(width, width, device=device)
+        """Σ x̂ x̂ᵀ on and below its diagonal; what is above is of no meaning."""
         self.count = 0
         self._held: list[Tensor] = []
         self._kept = 0
@@ -57,12 +59,6 @@ class Moments:
     def held(self) -> Tensor | None:
         """Held-out inputs `[tokens, d]`; None if there are none."""
         return torch.cat(self._held) if self._kept else None
-
-    def covariance(self) -> Tensor:
-        """C, of which `add` keeps the lower half alone: written over what is above it."""
-        self.C.tril_()
-        self.C += self.C.tril(-1).mT
-        return self.C
 
 
 @dataclass(frozen=True)
@@ -108,29 +104,26 @@ def choose(
         rank: largest k; None sets no limit.
         bottom: as many directions, but those of the least energy: a control.
     """
-    C, held, d = moments.covariance(), moments.held, len(moments.C)
+    C, held, d = moments.C, moments.held, len(moments.C)
     if C.device.type == "mps":  # which has no eigh
         C, held = C.cpu(), None if held is None else held.cpu()
     found = None
     if d > WIDEST and rank is None and not bottom:
         found = _others(C, held, energy, moments.count)
     complement = found is not None
-    D, inside = found or _leading(C, held, energy, rank, bottom)
-    total = float(C.diagonal().sum())
-    seen = inside / total if total > 0 else 0.0
-    sample = 1 - seen if complement else seen
-    share = sample
-    if held is not None:
-        along = float((held @ D).square().sum()) / float(held.square().sum())
-        share = 1 - along if complement else along
+    D, inside, along = found or _leading(C, held, energy, rank, bottom)
+    sample = inside / max(float(C.diagonal().sum()), TINY)
+    share = sample if held is None else along / float(held.square().sum())
+    if complement:
+        share, sample = 1 - share, 1 - sample
     D = in_vectors(D).to(moments.C.device)
     return InputBasis(D, complement, share, sample, moments.count)
 
 
 def _leading(
     C: Tensor, held: Tensor | None, energy: float, rank: int | None, bottom: bool
-) -> tuple[Tensor, float]:
-    """V by way of all eigenvectors, and tr(Vᵀ C V)."""
+) -> tuple[Tensor, float, float]:
+    """V by way of all eigenvectors, tr(Vᵀ C V), and what V holds of what is held out."""
     values, vectors = torch.linalg.eigh(C)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     d = len(C)
@@ -140,13 +133,14 @@ def _leading(
     most = int((values > NOISE * values[0]).sum())
     k = min(k, most, d - -(-d // ROOM), d if rank is None else rank)
     chosen = slice(d - k, None) if bottom else slice(k)
-    return torch.linalg.qr(vectors[:, chosen]).Q, float(values[chosen].sum())
+    V = torch.linalg.qr(vectors[:, chosen]).Q
+    return V, float(values[chosen].sum()), float(each[chosen].sum())
 
 
 def _others(
     C: Tensor, held: Tensor | None, energy: float, count: int
-) -> tuple[Tensor, float] | None:
-    """W, a quarter of the space at most, and tr(Wᵀ C W); None if so few inputs leave more empty.
+) -> tuple[Tensor, float, float] | None:
+    """As `_leading` of W, a quarter of the space at most; None if so few inputs leave more empty.
 
         (C + ε) Y = Ω [d, d/4],    Y = W R    ⇒    C W = (Ω − ε Y) R⁻¹
 
@@ -171,4 +165,4 @@ def _others(
     total = C.diagonal().sum() if held is None else held.square().sum()
     few = int((each.double().cumsum(0) <= (1 - energy) * float(total)).sum())
     m = max(d - count, -(-d // ROOM), few)
-    return W[:, :m].contiguous(), float(inside[:m].sum())
+    return W[:, :m].contiguous(), float(inside[:m].sum()), float(each[:m].sum())
