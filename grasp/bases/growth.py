@@ -37,7 +37,13 @@ class Growing(Protocol):
 
 
 def check(
-    read: float, read_rank: int | None, rank: int, every: int, refresh: int, grow: int
+    read: float,
+    read_rank: int | None,
+    free_rank: int | None,
+    rank: int,
+    every: int,
+    refresh: int,
+    grow: int,
 ) -> None:
     """Refuse arguments of `Growth` that are out of their range.
 
@@ -49,8 +55,9 @@ def check(
             raise ValueError(f"{name} is {value}; give 1 or more")
     if rank < 0:
         raise ValueError(f"rank is {rank}; give 0 or more")
-    if read_rank is not None and read_rank < 1:
-        raise ValueError(f"read_rank is {read_rank}; give 1 or more, or None for no limit")
+    for name, value in (("read_rank", read_rank), ("free_rank", free_rank)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; give 1 or more, or None for no limit")
     if not 0 <= read < 1:
         raise ValueError(f"read is {read}; give a share from 0 up to 1, such as 0.97")
 
@@ -63,6 +70,10 @@ class Growth:
         read: share of the energy of each matrix's inputs that is blocked, measured on prompts of
             the reference that are held out, from 0 (none) up to 1.
         read_rank: largest k of such a basis; None sets no limit.
+        free_rank: most directions of a matrix's inputs that are left to learn in. Where more would
+            be, so many are drawn at random among them and all others blocked, so that they are
+            what is kept, and not what is blocked: 64 take a hundredth of the memory in a large
+            model. None sets no limit.
         quick: look for them on the reference's own tokens alone. Else the model draws more, up to
             eight for each dimension of the widest input, while a basis holds less on held-out
             prompts than on its own. None is quick on a CPU.
@@ -95,6 +106,7 @@ class Growth:
         *,
         read: float = 0.95,
         read_rank: int | None = None,
+        free_rank: int | None = None,
         quick: bool | None = None,
         rank: int = 4,
         tokenizer=None,
@@ -111,7 +123,7 @@ class Growth:
     ):
         if directions not in DIRECTIONS:
             raise ValueError(f"directions is {directions!r}; choose among {', '.join(DIRECTIONS)}")
-        check(read, read_rank, rank, every, refresh, grow)
+        check(read, read_rank, free_rank, rank, every, refresh, grow)
         for name, value in (("tokens", tokens), ("batch", batch)):
             if value < 1:
                 raise ValueError(f"{name} is {value}; give 1 or more")
@@ -124,7 +136,8 @@ class Growth:
         if isinstance(reference, Reference):
             reference = reference.copy()  # whose order of prompts goes on by itself
         self.reference, self.tokenizer, self.drifted = reference, tokenizer, drifted
-        self.read, self.read_rank, self.quick = read, read_rank, quick
+        self.read, self.quick = read, quick
+        self.read_rank, self.free_rank = read_rank, free_rank
         self.rank, self.directions = rank, directions
         self.tokens, self.batch, self.seed = tokens, batch, seed
         self.every, self.refresh, self.grow = every, refresh, grow

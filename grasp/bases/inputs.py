@@ -86,6 +86,7 @@ def input_bases(
     rank: int | None = None,
     bottom: bool = False,
     quick: bool | None = None,
+    free: int | None = None,
 ) -> Iterator[tuple[list[str], InputBasis]]:
     """What is blocked of each distinct input, a block of the model at a time.
 
@@ -99,6 +100,7 @@ def input_bases(
         bottom: as many directions, but those of the least energy: a control.
         quick: look at these tokens alone; else more are drawn while a basis holds
             less on held-out prompts than on its own. None is quick on a CPU.
+        free: largest d − k: where more would be left, so many are drawn at random among them.
 
     Yields:
         The names of the matrices that take one input in, and its basis.
@@ -115,7 +117,7 @@ def input_bases(
     stages = list(_stages(stream, matrices, owner))
     bar = {"desc": "what the model takes in", "unit": "block", "leave": False, "delay": SILENT}
     for n, owners in tqdm(stages, disable=not processes.is_first(), **bar):
-        for name, basis in _look(stream, n, owners, tokens, (energy, rank, bottom), few):
+        for name, basis in _look(stream, n, owners, tokens, (energy, rank, bottom, free), few):
             if basis.share < energy - SHORT and rank is None and not bottom:
                 short.append(f"{name} ({basis.share:.2f})")
             yield [m.name for m in matrices if owner[m.name] == name], basis

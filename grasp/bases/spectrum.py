@@ -81,11 +81,7 @@ class InputBasis:
     @cached_property
     def V(self) -> Tensor:
         """`[d, k]`; all that are kept off it share one."""
-        if not self.complement:
-            return self.directions
-        d, m = self.directions.shape
-        whole = torch.linalg.qr(self.directions, mode="complete").Q
-        return in_vectors(whole[:, m:].contiguous())
+        return complement(self.directions) if self.complement else self.directions
 
     def inside(self, T: Tensor) -> Tensor:
         """T V Vᵀ of `T [n, d]`, in T's dtype."""
@@ -94,8 +90,18 @@ class InputBasis:
         return T - along if self.complement else along
 
 
+def complement(basis: Tensor) -> Tensor:
+    """An orthonormal basis `[d, d − m]` of what an orthonormal one `[d, m]` leaves."""
+    whole = torch.linalg.qr(basis, mode="complete").Q
+    return in_vectors(whole[:, basis.shape[1] :].contiguous())
+
+
 def choose(
-    moments: Moments, energy: float, rank: int | None = None, bottom: bool = False
+    moments: Moments,
+    energy: float,
+    rank: int | None = None,
+    bottom: bool = False,
+    free: int | None = None,
 ) -> InputBasis:
     """The basis of a map's inputs.
 
@@ -103,6 +109,7 @@ def choose(
         energy: share of held-out inputs' energy that V is to hold, above 0 and below 1.
         rank: largest k; None sets no limit.
         bottom: as many directions, but those of the least energy: a control.
+        free: largest d − k: where more would be left, so many are drawn at random among them.
     """
     C, held, d = moments.C, moments.held, len(moments.C)
     if C.device.type == "mps":  # which has no eigh
@@ -110,14 +117,34 @@ def choose(
     found = None
     if d > WIDEST and rank is None and not bottom:
         found = _others(C, held, energy, moments.count)
-    complement = found is not None
+    others = found is not None
     D, inside, along = found or _leading(C, held, energy, rank, bottom)
+    if free is not None and free < (D.shape[1] if others else d - D.shape[1]):
+        D, inside, along = _few(C, held, D, others, free)
+        others = True
     sample = inside / max(float(C.diagonal().sum()), TINY)
     share = sample if held is None else along / float(held.square().sum())
-    if complement:
+    if others:
         share, sample = 1 - share, 1 - sample
     D = in_vectors(D).to(moments.C.device)
-    return InputBasis(D, complement, share, sample, moments.count)
+    return InputBasis(D, others, share, sample, moments.count)
+
+
+def _few(
+    C: Tensor, held: Tensor | None, D: Tensor, others: bool, free: int
+) -> tuple[Tensor, float, float]:
+    """As `_leading` of W `[d, free]`: random directions off V, or of those that are left."""
+    n = D.shape[1] if others else len(C)
+    drawn = torch.randn(n, free, generator=torch.Generator().manual_seed(0)).to(C)
+    if others:
+        drawn = D @ drawn
+    else:
+        for _ in range(2):
+            drawn -= D @ (D.mT @ drawn)
+    W = torch.linalg.qr(drawn.double()).Q.to(C)  # once more at each step: A W Wᵀ is to keep ‖A‖
+    lower = C.tril()
+    inside = 2 * (W * (lower @ W)).sum() - (C.diagonal()[:, None] * W.square()).sum()
+    return W, float(inside), 0.0 if held is None else float((held @ W).square().sum())
 
 
 def _leading(

@@ -17,7 +17,7 @@ from grasp.bases.spectrum import InputBasis
 from grasp.data import Reference, tokenized
 from grasp.model import Architecture, Trained, processes, sharding
 
-VERSION = 2  # of what is kept: raise it when what is found, or how, is another
+VERSION = 3  # of what is kept: raise it when what is found, or how, is another
 
 
 class Reading(Protocol):
@@ -43,6 +43,7 @@ class Options(Protocol):
 
     read: float
     read_rank: int | None
+    free_rank: int | None
     quick: bool | None
     directions: str
     seed: int
@@ -111,6 +112,7 @@ def start(
         rank=options.read_rank,
         bottom=options.directions == "bottom",
         quick=options.quick,
+        free=options.free_rank,
     )
     for names, basis in bases:
         if options.directions == "random":
@@ -140,7 +142,7 @@ def _about(
     if of is None or options.directions != "drift":
         return None
     starts = [(name, g.trained.name, g.start()) for name, all_ in takers.items() for g in all_]
-    chosen = [options.read, options.read_rank, options.quick]
+    chosen = [options.read, options.read_rank, options.free_rank, options.quick]
     return [VERSION, of, list(rows), chosen, device, starts]
 
 

@@ -25,7 +25,7 @@ class Judged(NamedTuple):
         dtypes = [g.parameter.dtype] if g.partner else [g.parameter.dtype, g.weight.kept.dtype]
         change = g.change()
         start = change.start
-        if g.basis.shape[1] == g.basis.shape[0]:
+        if g.basis.shape[1] == g.basis.shape[0] and not g.inside:
             start = max(start, g.trained.matrix.norm())
         return cls(change, min(torch.finfo(dtype).eps for dtype in dtypes) / 2, start)
 

@@ -20,7 +20,8 @@ from grasp.bases.spectrum import InputBasis
 from grasp.guard.weights import Whole, exact
 from grasp.model import Trained, inspect, lora_factors
 
-LARGE = 2**30  # bytes of bases of inputs above which A is frozen, if nothing else is said
+LARGE = 2**30  # bytes of bases of inputs above which they are not kept, if nothing else is said
+FREE = 64  # directions that are left free in their place
 LITTLE = 1e-2  # of ‖A‖: if no more is left off V it stays as small
 FILLED = 0.7  # of d: how many directions a basis has, about, with the default read
 
@@ -128,14 +129,15 @@ def frozen_of(
     Args:
         reading: parameters that are kept off inputs.
         weights: all that are trained, by their keys, as they were remembered.
-        freeze: what was asked for; None leaves it to how large the bases would be.
+        freeze: what was asked for; None leaves it to how large the bases would be, of weights that
+            are split over processes.
         rank: largest k of a basis; None sets no limit.
 
     Raises:
         ValueError: freezing was asked for, and one is no LoRA whose B is 0.
     """
     for t in reading:
-        fresh = t.partner is not None and weights[t.key].kept is None
+        fresh = _is_fresh(t, weights)
         if not fresh and freeze:
             raise ValueError(
                 f"freeze_inputs=True, but {t.name} "
@@ -149,13 +151,45 @@ def frozen_of(
         if not fresh:
             return []
     already = all(not t.parameter.requires_grad for t in reading)
+    split = any(weight.split for weight in weights.values())
     inputs = [(t.name, t.size, 1) for t in reading]
-    if not (already and freeze is not False) and not _wanted(freeze, inputs, rank):
+    if not (already and freeze is not False) and not _wanted(freeze, inputs, rank, split):
         return []
     return [
         Frozen(t, weights[t.key], weights[t.partner_key], t.parameter.requires_grad)
         for t in reading
     ]
+
+
+def few_for(
+    reading: Sequence[Trained],
+    weights: dict[tuple, Whole],
+    freeze: bool | None,
+    rank: int | None,
+) -> int | None:
+    """To how many free directions a matrix is kept, if nobody said and bases would be large.
+
+    Args:
+        reading, weights, freeze, rank: as `frozen_of`.
+    """
+    fresh = all(_is_fresh(t, weights) and t.parameter.requires_grad for t in reading)
+    size = bytes_of([(t.name, t.size, 1) for t in reading], rank)
+    if freeze is not None or size <= LARGE or not fresh:
+        return None
+    if any(weight.split for weight in weights.values()):
+        return None
+    warnings.warn(
+        f"bases of inputs would take about {size / 2**30:.1f} GiB: of what is not blocked, {FREE} "
+        f"random directions of each matrix's inputs are left to learn in (free_rank={FREE}) and "
+        "kept in their place; give another free_rank, or read_rank, the most that are blocked",
+        stacklevel=4,
+    )
+    return FREE
+
+
+def _is_fresh(t: Trained, weights: dict[tuple, Whole]) -> bool:
+    """Whether it is of a LoRA whose B is 0."""
+    return t.partner is not None and weights[t.key].kept is None
 
 
 def bytes_of(inputs: Iterable[tuple[str, int, int]], rank: int | None = None) -> int:
@@ -220,29 +254,37 @@ def init_lora_null(
     return {f.name: {"rank": f.rank, "share": f.share, "before": f.size} for f in frozen}
 
 
-def freeze_early(model: nn.Module, freeze: bool | None, rank: int | None = None) -> None:
+def freeze_early(
+    model: nn.Module, freeze: bool | None, rank: int | None = None, split: bool = False
+) -> None:
     """Freeze each LoRA's A before a trainer wraps the model, if `frozen_of` is to.
 
     A wrapper for several processes waits for gradients of all that asks for them when it is made.
+
+    Args:
+        freeze, rank: as `frozen_of`.
+        split: whether weights will be split over processes.
     """
     factors = lora_factors(model)
     fresh = all(B.is_meta or not bool(B.detach().any()) for _, _, B, _ in factors)
     inputs = [(name, A.shape[-1], count) for name, A, _, count in factors]
-    if fresh and _wanted(freeze, inputs, rank):
+    if fresh and _wanted(freeze, inputs, rank, split):
         for _, A, _, _ in factors:
             A.requires_grad_(False)
 
 
-def _wanted(freeze: bool | None, inputs: Sequence[tuple[str, int, int]], rank: int | None) -> bool:
+def _wanted(
+    freeze: bool | None, inputs: Sequence[tuple[str, int, int]], rank: int | None, split: bool
+) -> bool:
     """Whether A is to be frozen; if nobody said so but for the bases' size, that is told."""
     size = bytes_of(inputs, rank)
-    if freeze is not None or size <= LARGE:
+    if freeze is not None or not split or size <= LARGE:
         return bool(freeze)
     warnings.warn(
-        f"bases of inputs would take about {size / 2**30:.1f} GiB: each LoRA's A is put off the "
-        "inputs that are blocked, and B alone trains; such a LoRA wants r 16 or more and a higher "
-        "learning rate, and learns less. To train A too give freeze_inputs=False, or read_rank, "
-        "the most directions of a basis",
+        f"bases of inputs would take about {size / 2**30:.1f} GiB in each process: each LoRA's A "
+        "is put off the inputs that are blocked, and B alone trains; such a LoRA wants r 16 or "
+        "more, and learns less. To train A too give freeze_inputs=False, or read_rank, the most "
+        "directions of a basis",
         stacklevel=5,
     )
     return True

@@ -29,7 +29,7 @@ from grasp.bases.subspaces import Subspaces
 from grasp.data import Reference
 from grasp.guard import checks
 from grasp.guard.certificate import certificate, finite
-from grasp.guard.frozen import Frozen, frozen_of
+from grasp.guard.frozen import Frozen, few_for, frozen_of
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged
 from grasp.guard.kinds import weights_of
@@ -62,7 +62,9 @@ class Guard:
             grow, from `subspaces` or from nothing.
         freeze_inputs: put each LoRA's A off the inputs that are blocked, and train B alone: no
             basis of inputs is kept, nothing is projected on that side, and it holds under any
-            optimizer. None does so where the bases would take more than 1 GiB, and says so.
+            optimizer. Where the bases would take more than 1 GiB, None does so of weights that
+            FSDP2 or DeepSpeed splits, leaves 64 directions free of others (`free_rank`), and says
+            which.
         growth: with a reference, how: the arguments of `Growth` (read, rank, tokenizer, …).
 
     Raises:
@@ -209,7 +211,7 @@ class Guard:
     @property
     def bases(self) -> dict[str, Tensor]:
         """What each guarded parameter is kept off, `[d, k]` by name; empty ones left out."""
-        return {g.name: g.basis for g in self.guarded if g.basis.shape[1]}
+        return {g.name: g.blocked_basis for g in self.guarded if g.basis.shape[1]}
 
     @set_aside()
     def leak(self) -> dict[str, dict[str, float]]:
@@ -310,12 +312,15 @@ class Guard:
     ) -> list[Frozen]:
         if self.growth is None or self.growth.read == 0:
             return []
-        if state is not None:
-            return frozen_as(found.reading(), weights, Path(state))
-        frozen = frozen_of(found.reading(), weights, self.freeze_inputs, self.growth.read_rank)
-        if any(f.asked for f in frozen) and sharding.is_wrapped(self.wrapped):
+        size = found.reading(), weights, self.freeze_inputs, self.growth.read_rank
+        if self.growth.free_rank is not None:
+            checks.refuse_free(weights.values())
+        frozen = frozen_of(*size) if state is None else frozen_as(*size[:2], Path(state))
+        if state is None and any(f.asked for f in frozen) and sharding.is_wrapped(self.wrapped):
             checks.refuse_late(self.freeze_inputs)
             return []
+        if not frozen and self.growth.free_rank is None:
+            self.growth.free_rank = few_for(*size)
         return frozen
 
     def _hook(self, found: Architecture) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import grasp_kernels as gk
-from grasp.bases.spectrum import InputBasis
+from grasp.bases.spectrum import InputBasis, complement
+from grasp.guard.inside import Inside
 from grasp.guard.weights import Whole, exact
 from grasp.model import Trained
 from grasp_kernels.arguments import Side
@@ -26,6 +27,7 @@ class Pin(NamedTuple):
     side: Side
     basis: Tensor
     C: Tensor
+    inside: bool = False  # the basis is of what is left, in which the weight is kept
 
 
 @dataclass
@@ -43,12 +45,14 @@ class Guarded:
     trained: Trained
     weight: Whole
     partner: Whole | None  # the other factor of a LoRA
-    basis: Tensor  # [d_out, k], or [d_in, k] of inputs
+    basis: Tensor  # [d_out, k], or [d_in, k] of inputs; W [d_in, d_in − k] if `inside`
     pinned: Tensor  # C: [k, n] on the left side, [n, k] on the right, as `coefficients` gives it
     average: Tensor | None = None  # of the drift gradient, where `weight.local` lies
     total: Tensor | None = None  # Σ ‖G‖², and what of it was blocked, 0-d fp64 on the CPU
     blocked: Tensor | None = None
-    share: float | None = None  # of inputs' energy on held-out prompts, that the basis holds
+    share: float | None = None  # of inputs' energy on held-out prompts, that is blocked
+    inside: bool = False
+    """Whether the basis is W, what is left, which takes less than what is blocked: A ← A W Wᵀ."""
 
     @classmethod
     def of(cls, trained: Trained, weight: Whole, partner: Whole | None, basis: Tensor) -> "Guarded":
@@ -107,8 +111,26 @@ class Guarded:
 
     def take(self, basis: InputBasis) -> None:
         """Be kept off what its map takes in."""
-        self.widen(basis.V.to(self.parameter.device))
+        inside = basis.complement and self.may_be_inside
+        self.hold(basis.directions if inside else basis.V, inside)
         self.share = basis.share
+
+    def hold(self, basis: Tensor, inside: bool) -> None:
+        """Take a basis of inputs in place of the present one: V, or W if it is to be `inside`."""
+        self.basis = self.basis[:, :0]
+        self.pinned = self.coefficients(self.weight.start())
+        self.inside = inside
+        self.widen(basis)
+
+    @property
+    def may_be_inside(self) -> bool:
+        """Whether W will do: nothing is pinned of a LoRA whose B began at 0, on one process."""
+        return self.partner is not None and self.weight.kept is None and not self.weight.split
+
+    @property
+    def blocked_basis(self) -> Tensor:
+        """What it is kept off, `[d, k]`."""
+        return complement(self.basis) if self.inside else self.basis
 
     def start(self) -> str:
         """What a kept finding depends on besides the model and its prompts: nothing."""
@@ -116,11 +138,11 @@ class Guarded:
 
     def found(self) -> tuple[dict, dict[str, Tensor]]:
         """What `take` came to, as facts and tensors."""
-        return {"share": self.share}, {"V": self.basis}
+        return {"share": self.share, "inside": self.inside}, {"V": self.basis}
 
     def take_up(self, facts: dict, tensors: dict[str, Tensor]) -> None:
         """Come to what `found` gave; `V` is shared by all that it is handed to."""
-        self.widen(tensors["V"].to(self.parameter.device))
+        self.hold(tensors["V"], facts["inside"])
         self.share = facts["share"]
 
     def widen(self, basis: Tensor) -> None:
@@ -135,7 +157,7 @@ class Guarded:
         """What holds ΔW: this parameter's pin, and the other factor's where the start asks it."""
         if not self.basis.shape[1]:
             return []
-        own = Pin(self.weight, self.trained.side, self.basis, self.pinned)
+        own = Pin(self.weight, self.trained.side, self.basis, self.pinned, self.inside)
         if self.partner is None or self.partner.kept is None:
             return [own]
         side, start = self.trained.side, exact(self.weight.start())
@@ -161,8 +183,12 @@ class Guarded:
         B1, A1 = _now(B), _now(A)
         if B.kept is None:
             size = _product_norm(B1, A1)
-            inside = float((U.mT @ B1 @ A1).norm()) if self.left else _product_norm(B1, A1 @ U)
-            return Change(size, inside, 0.0)
+            if self.left:
+                return Change(size, float((U.mT @ B1 @ A1).norm()), 0.0)
+            along = A1 if self.inside else A1 @ U
+            for _ in range(2 if self.inside else 0):  # W is orthonormal to rounding alone
+                along = along - along @ U @ U.mT  # A V Vᵀ in the end
+            return Change(size, _product_norm(B1, along), 0.0)
         B0, A0 = _began(B), _began(A)
         D = B1 @ A1 - B0 @ A0
         inside = U.mT @ D if self.left else D @ U
@@ -175,7 +201,9 @@ class Guarded:
         if self.total is not None and float(self.total) > 0:
             blocked = max(0.0, float(self.blocked / self.total))
         change = change or self.change()
-        return {"rank": self.basis.shape[1], "blocked": blocked, "through": change.through}
+        d, k = self.basis.shape
+        rank = d - k if self.inside else k
+        return {"rank": rank, "blocked": blocked, "through": change.through}
 
 
 class Change(NamedTuple):
@@ -228,7 +256,7 @@ class Projections:
         for g in guarded:  # a weight that is kept off outputs and inputs is listed for each
             pins = [p for p in g.pins() if p.weight is g.weight or not gradients]
             for n, pin in enumerate(pins):
-                key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side)
+                key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side), pin.inside
                 groups.setdefault(key, []).append((g, pin))
         self.gradients, self.again = gradients, again
         self.projectors = [
@@ -265,7 +293,7 @@ def averaged(guarded: Sequence[Guarded], shown: Callable[[Tensor], list[Tensor]]
     for g in guarded:
         for n, pin in enumerate(g.pins()):
             for T in shown(pin.weight.stepped):
-                key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side)
+                key = n, g.trained.holds, pin.side, pin.weight.kind(pin.side), pin.inside
                 groups.setdefault(key, []).append((pin.weight.trained.of(T), pin))
     return [
         _projector([pin for _, pin in group], [T for T, _ in group]) for group in groups.values()
@@ -274,8 +302,11 @@ def averaged(guarded: Sequence[Guarded], shown: Callable[[Tensor], list[Tensor]]
 
 def _projector(
     pins: Sequence[Pin], tensors: Sequence[Tensor] | None, gradients: bool = False
-) -> gk.Projector:
+) -> gk.Projector | Inside:
     """Of pins on one side and weights of one kind; of gradients nothing is pinned."""
+    if pins[0].inside:
+        tensors = [pin.weight.local for pin in pins] if tensors is None else tensors
+        return Inside(tensors, [pin.basis for pin in pins], pins[0].side, gradients)
     return pins[0].weight.projector(
         [pin.weight for pin in pins],
         tensors,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialised
 from torch import Tensor
 
+from grasp.bases.spectrum import complement
 from grasp.files import write_bytes
 from grasp.guard.frozen import Frozen
 from grasp.guard.guarded import SAVED, Guarded
@@ -39,7 +40,7 @@ def save(guard: "Guard", path: Path, everyone: bool = False) -> Path:
         for key, tensor in g.saved().items()
         if not (_is_of_inputs(g) and key in ("basis", "pinned"))
     }
-    tensors |= {f"sketch.{g.name}": _sketch(g.basis) for g in guard.guarded if _is_of_inputs(g)}
+    tensors |= {f"sketch.{g.name}": _sketch(g) for g in guard.guarded if _is_of_inputs(g)}
     starts = {id(g.weight): g for g in reversed(guard.guarded) if g.weight.kept is not None}
     tensors |= {f"start.{g.name}": g.weight.whole(g.weight.kept) for g in starts.values()}
     others = {
@@ -116,7 +117,7 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
         if (sketch := tensors.get(f"sketch.{g.name}")) is None:
             raise ValueError(f"{path} is of an earlier version of grasp-kernels; start anew")
         sketch = sketch.to(g.basis)
-        if float((_sketch(g.basis).to(sketch) - sketch).norm()) > SAME * float(sketch.norm()):
+        if float((_sketch(g).to(sketch) - sketch).norm()) > SAME * float(sketch.norm()):
             raise ValueError(
                 f"{_beside(path)} is missing or of another run, and what {g.name} takes in is not "
                 "what it was; put the file back, or use the model and prompts of that run"
@@ -159,10 +160,11 @@ def _is_of_inputs(g: Guarded) -> bool:
     return g.trained.holds == "inputs" and g.trained.partner is not None
 
 
-def _sketch(basis: Tensor) -> Tensor:
+def _sketch(g: Guarded) -> Tensor:
     """V Vᵀ x for a set x `[d]`: the same for two bases of one subspace alone."""
-    x = torch.randn(basis.shape[0], generator=torch.Generator().manual_seed(0)).to(basis)
-    return (basis @ (basis.mT @ x)).cpu()
+    x = torch.randn(g.basis.shape[0], generator=torch.Generator().manual_seed(0)).to(g.basis)
+    along = g.basis @ (g.basis.mT @ x)
+    return (x - along if g.inside else along).cpu()
 
 
 def _save_inputs(guard: "Guard", path: Path) -> None:
@@ -182,25 +184,28 @@ def _save_inputs(guard: "Guard", path: Path) -> None:
         own = [g for g in inputs if owners[g.basis.data_ptr()] == g.name]
         tensors = {g.name: g.basis.contiguous() for g in own}
         same = {g.name: owners[g.basis.data_ptr()] for g in inputs}
-        write_bytes(path, serialised(tensors, metadata={"same": json.dumps(same)}))
+        about = {"same": same, "inside": [g.name for g in inputs if g.inside]}
+        about = {key: json.dumps(value) for key, value in about.items()}
+        write_bytes(path, serialised(tensors, metadata=about))
     guard.inputs_file = path
 
 
 def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
-            same = json.loads((file.metadata() or {})["same"])
+            about = file.metadata() or {}
+            same, inside = json.loads(about["same"]), json.loads(about["inside"])
             bases = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} holds no bases of inputs ({error})") from error
     moved: dict[tuple, Tensor] = {}
     for g in inputs:
-        key = same[g.name], g.device
+        stays = g.name in inside and g.may_be_inside
+        key = same[g.name], g.device, stays
         if key not in moved:
-            moved[key] = in_vectors(bases[key[0]].to(key[1]))
-        g.basis = g.basis[:, :0]
-        g.pinned = g.coefficients(g.weight.start())
-        g.widen(moved[key])
+            basis = bases[key[0]].to(g.device)
+            moved[key] = complement(basis) if g.name in inside and not stays else in_vectors(basis)
+        g.hold(moved[key], stays)
 
 
 @contextmanager

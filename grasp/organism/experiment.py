@@ -28,6 +28,7 @@ class Settings:
     learning_rate: float = 3e-4
     lora_rank: int = 8
     read: float = 0.97
+    free_rank: int | None = None
     freeze_inputs: bool = False
     rank: int = 4
     refresh: int = 5
@@ -89,6 +90,7 @@ def run(
             reference=world.prompts(task.reference),
             tokens=1,
             read=settings.read,
+            free_rank=settings.free_rank,
             freeze_inputs=settings.freeze_inputs,
             rank=settings.rank,
             refresh=settings.refresh,

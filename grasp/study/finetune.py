@@ -180,6 +180,7 @@ def guard_callback(settings: Settings) -> GraspCallback | None:
         directions="drift" if settings.method == "grasp" else settings.method,
         read=settings.read,
         read_rank=settings.read_rank,
+        free_rank=settings.free_rank,
         freeze_inputs=settings.freeze_inputs,
         quick=settings.quick,
         rank=settings.rank,

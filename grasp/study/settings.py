@@ -74,8 +74,11 @@ class Settings:
     """Share of the energy of each matrix's inputs that is blocked, on prompts held out."""
     read_rank: int | None = None
     """Largest number of directions of inputs for each matrix; None sets no limit."""
+    free_rank: int | None = None
+    """Most directions of inputs left to learn in, at random; None: 64 above 1 GiB of bases."""
     freeze_inputs: bool | None = None
-    """Put each LoRA's A off these inputs and train B alone; None does so above 1 GiB of bases."""
+    """Put each LoRA's A off these inputs and train B alone; None does so above 1 GiB of bases that
+    several processes split."""
     quick: bool | None = None
     """Look at the reference's own tokens alone; None is quick on a CPU."""
     rank: int = 4
@@ -104,7 +107,15 @@ class Settings:
         if self.learning_rate <= 0:
             raise ValueError(f"learning_rate is {self.learning_rate}; give a positive number")
         self._check_rival()
-        growth.check(self.read, self.read_rank, self.rank, self.every, self.refresh, self.grow)
+        growth.check(
+            self.read,
+            self.read_rank,
+            self.free_rank,
+            self.rank,
+            self.every,
+            self.refresh,
+            self.grow,
+        )
         guarded = self.method in GUARDED
         if self.method in ("shuffled", "bottom") and (self.subspaces or not self.drift_guided):
             raise ValueError(
