@@ -1,12 +1,12 @@
-"""Frozen inputs against tracked ones on the organism: the rank and rate they need, what is left.
+"""Inputs of large models on the organism: tracked, few directions left free, and A frozen.
 
     python benchmarks/bench_frozen.py --choose
     python benchmarks/bench_frozen.py --aside FOLDER
 
-The first tries ranks and rates on medicine, law and finance of world 0, with seeds that the second
-does not use. The second takes the tasks of world 0 and, with its weights, of world 1, with the
-seeds 0, 1, 2: plain, tracked and frozen, and frozen off as many random directions (control). One
-run a line; what is there already is not run again.
+The first tries ranks and rates, and how many directions are left free, on medicine, law and finance
+of world 0, with seeds that the second does not use. The second takes the tasks of world 0 and, with
+its weights, of world 1, with the seeds 0, 1, 2: plain, tracked, few left free, as many random ones
+(control), and frozen. One run a line; what is there already is not run again.
 """
 
 import argparse
@@ -27,29 +27,35 @@ from grasp.study.report import versions
 TRIED = ("medicine", "law", "finance")
 WORLD_0 = ("code", "medicine", "finance", "law", "travel")
 WORLD_1 = ("code", "medicine", "finance", "travel")
-FROZEN = {"freeze_inputs": True, "lora_rank": 32, "learning_rate": 1e-3, "read": 0.98}
+FREE = {"free_rank": 64}
+FROZEN = {"freeze_inputs": True, "lora_rank": 16, "learning_rate": 1e-3, "read": 0.98}
 FORMS = {
     "plain": ("plain", {}),
     "tracked": ("grasp", {}),
+    "free 64": ("grasp", FREE),
+    "free 64, random": ("random", FREE),
     "frozen": ("grasp", FROZEN),
-    "frozen, random": ("random", FROZEN),
 }
 TRIES = [
     *product((12, 16, 24, 32), (1e-3,), (0.98,)),
     *product((16,), (5e-4, 2e-3), (0.98,)),
     *product((16,), (1e-3,), (0.97, 0.95)),
 ]
-CHOICES = {
-    "plain": ("plain", {}),
-    "tracked": ("grasp", {}),
-    "tracked, read 0.98": ("grasp", {"read": 0.98}),
-} | {
-    f"frozen, r {r}, {rate:g}, read {read}": (
-        "grasp",
-        {"freeze_inputs": True, "lora_rank": r, "learning_rate": rate, "read": read},
-    )
-    for r, rate, read in TRIES
-}
+CHOICES = (
+    {
+        "plain": ("plain", {}),
+        "tracked": ("grasp", {}),
+        "tracked, read 0.98": ("grasp", {"read": 0.98}),
+    }
+    | {
+        f"frozen, r {r}, {rate:g}, read {read}": (
+            "grasp",
+            {"freeze_inputs": True, "lora_rank": r, "learning_rate": rate, "read": read},
+        )
+        for r, rate, read in TRIES
+    }
+    | {f"free {p}": ("grasp", {"free_rank": p}) for p in (16, 32, 48, 64, 96)}
+)
 
 
 def main() -> None:

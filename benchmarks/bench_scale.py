@@ -1,4 +1,6 @@
-"""What a guard costs beside a large model: memory and work of its start, tracked and frozen.
+"""What a guard costs beside a large model: memory and work of its start, and a step's time.
+
+Tracked, with 64 directions left free, and frozen.
 
     python benchmarks/bench_scale.py
     python benchmarks/bench_scale.py --model FOLDER_OF_QWEN2.5-CODER-1.5B-INSTRUCT --dtype bfloat16
@@ -29,7 +31,7 @@ from grasp import Guard, default_prompts
 from grasp.bases.inputs import PER_WIDTH
 from grasp.bases.spectrum import HELD
 from grasp.files import write_text
-from grasp.guard.frozen import FILLED, bytes_of
+from grasp.guard.frozen import FILLED, FREE, bytes_of
 from grasp.model import load_model, lora_factors
 from grasp.study.report import versions
 
@@ -59,6 +61,11 @@ def lora(model: torch.nn.Module, rank: int = RANK) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
+def free_bytes(inputs: set[tuple[str, int]]) -> int:
+    """Of fp32 bases of `FREE` directions, one for each of the inputs, given with their width."""
+    return sum(4 * FREE * d for _, d in inputs)
+
+
 def counted(name: str) -> dict:
     """Of a model on the meta device: what is kept, and what a start does."""
     config = MODELS[name]
@@ -80,6 +87,7 @@ def counted(name: str) -> dict:
         "weights_bytes_bf16": sum(2 * p.numel() for p in model.get_base_model().parameters())
         - sum(2 * T.numel() for _, A, B, _ in factors for T in (A, B)),
         "bases_bytes_tracked": bytes_of((n, A.shape[1], 1) for n, A, _, _ in factors),
+        "bases_bytes_free": free_bytes(inputs),
         "bases_bytes_frozen": 0,
         "gradient_and_adam_bytes_of_A_tracked": 3 * A,
         "gradient_and_adam_bytes_of_A_frozen": 0,
@@ -99,7 +107,13 @@ def counted(name: str) -> dict:
                 for m in [d // 4]
             ),
         },
-        "assumes": {"k": f"{FILLED} d", "r": RANK, "lora": "fp32", "tokens": f"{PER_WIDTH} d"},
+        "assumes": {
+            "k": f"{FILLED} d",
+            "free": FREE,
+            "r": RANK,
+            "lora": "fp32",
+            "tokens": f"{PER_WIDTH} d",
+        },
     }
 
 
@@ -134,15 +148,15 @@ def attach(options: argparse.Namespace) -> dict:
     model, tokenizer = load_model(options.model, options.dtype)
     model = lora(model)
     guard, found = started(model, tokenizer, options.form == "frozen", _reads(options))
+    kept = {g.basis.data_ptr(): g.basis.nbytes for g in guard.guarded}
     shares = [f.share for f in guard.frozen] + [
         g.share for g in guard.guarded if g.share is not None
     ]
     ranks = [f.rank / f.trained.size for f in guard.frozen] + [
-        g.basis.shape[0] and g.basis.shape[1] / g.basis.shape[0]
-        for g in guard.guarded
-        if g.share is not None
+        g.leak()["rank"] / g.basis.shape[0] for g in guard.guarded if g.share is not None
     ]
     return found | {
+        "bases_bytes": sum(kept.values()),
         "share_least": min(shares),
         "share_mean": sum(shares) / len(shares),
         "k_over_d_mean": sum(ranks) / len(ranks),
@@ -155,8 +169,7 @@ def steps(options: argparse.Namespace) -> dict:
     model, tokenizer = load_model(options.model, options.dtype)
     model = lora(model).train()
     ids = torch.randint(100, 1000, (options.rows, SEQUENCE))
-    freeze = options.form == "frozen"
-    guard, _ = started(model, tokenizer, freeze, _reads(options))
+    guard, _ = started(model, tokenizer, options.form == "frozen", _reads(options))
     guard.detach()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-5)
 
@@ -183,14 +196,15 @@ def steps(options: argparse.Namespace) -> dict:
 
 
 def _reads(options: argparse.Namespace) -> dict:
-    return {"read_rank": options.read_rank, "rank": options.rank}
+    free = FREE if options.form == "free" else None
+    return {"read_rank": options.read_rank, "free_rank": free, "rank": options.rank}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", help="measure on this one; else count")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--form", choices=("frozen", "tracked"), default="frozen")
+    parser.add_argument("--form", choices=("free", "frozen", "tracked"), default="free")
     parser.add_argument("--read-rank", type=int)
     parser.add_argument("--rank", type=int, default=0, help="of bases of outputs that grow")
     parser.add_argument("--rows", type=int, default=4)

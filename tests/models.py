@@ -84,9 +84,9 @@ def subspaces(k: int = 3) -> Subspaces:
 
 
 def inside(guard: Guard) -> float:
-    """The largest share of any guarded gradient that lies in its basis."""
+    """The largest share of any guarded gradient that lies in what is blocked."""
     shares = []
     for g in guard.guarded:
         G = g.parameter.grad
-        shares.append(float(g.coefficients(G).norm() / G.float().norm()))
+        shares.append(float(g.coefficients(G, g.blocked_basis).norm() / G.float().norm()))
     return max(shares)

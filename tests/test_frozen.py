@@ -163,7 +163,7 @@ def test_frozen_where_bases_would_be_large_and_weights_are_split_and_says_so(mon
     """Elsewhere few directions are left free: see test_free."""
     monkeypatch.setattr(frozen, "LARGE", 4000)
     monkeypatch.setattr(frozen.Whole, "split", True)
-    with pytest.warns(UserWarning, match=r"would take about .* GiB: each LoRA's A is put off"):
+    with pytest.warns(UserWarning, match=r"would take about .* GiB in each process: each LoRA's A"):
         guard = Guard(lora(), **OPTIONS).attach()
     assert guard.frozen
     with warnings.catch_warnings():

@@ -18,12 +18,12 @@ from tests.together import together
 GROWTH = {"reference": PROMPTS, "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "grow": 1}
 
 
-def _fit(model, wrap, rows, seed: int = 0, steps: int = 6) -> dict:
+def _fit(model, wrap, rows, seed: int = 0, steps: int = 6, **options) -> dict:
     """The weights after a guarded loop on `rows` of each batch, and what lay in the bases."""
     wrapped = wrap(model)
     optimizer = torch.optim.SGD(trainable(model), lr=0.3)  # Adam scales rounding up
     shares = []
-    with Guard(wrapped, optimizer=optimizer, seed=seed, **GROWTH) as guard:
+    with Guard(wrapped, optimizer=optimizer, seed=seed, **GROWTH | options) as guard:
         for step in range(steps):
             part = {k: v[rows] for k, v in batch(rows=4, seed=step).items()}
             wrapped(**part).loss.backward()
@@ -39,17 +39,18 @@ def _fit(model, wrap, rows, seed: int = 0, steps: int = 6) -> dict:
     return {"weights": weights, "inside": max(shares), "through": through, "blocked": blocked}
 
 
-def _averaged(rank: int, folder, seeds) -> dict:
+def _averaged(rank: int, folder, seeds, options) -> dict:
     dist.init_process_group("gloo")
     model = with_lora(build())
     rows = slice(2 * rank, 2 * rank + 2)
-    return _fit(model, DistributedDataParallel, rows, seed=seeds[rank])
+    return _fit(model, DistributedDataParallel, rows, seed=seeds[rank], **options)
 
 
-def test_two_halves_train_as_one_whole(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"free_rank": 6}])
+def test_two_halves_train_as_one_whole(tmp_path, options):
     """Gradients come averaged to the projection, so that nothing of them is left in a basis."""
-    first, second = together(_averaged, tmp_path, (0, 0))
-    alone = _fit(with_lora(build()), lambda m: m, slice(0, 4))
+    first, second = together(_averaged, tmp_path, (0, 0), options)
+    alone = _fit(with_lora(build()), lambda m: m, slice(0, 4), **options)
     for name, weight in first["weights"].items():
         torch.testing.assert_close(weight, second["weights"][name], rtol=0, atol=0)
         torch.testing.assert_close(weight, alone["weights"][name], rtol=1e-3, atol=1e-5)
@@ -62,7 +63,7 @@ def test_two_halves_train_as_one_whole(tmp_path):
 
 def test_bases_are_the_first_ranks(tmp_path):
     """Ranks that would draw other continuations, and find other bases, still hold one model."""
-    first, second = together(_averaged, tmp_path, (0, 1))
+    first, second = together(_averaged, tmp_path, (0, 1), {})
     for name, weight in first["weights"].items():
         torch.testing.assert_close(weight, second["weights"][name], rtol=0, atol=0)
     assert max(first["through"], second["through"]) <= 1e-6
