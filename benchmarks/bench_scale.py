@@ -184,9 +184,13 @@ def steps(options: argparse.Namespace) -> dict:
         guard.optimizer = optimizer
         state = guard.save(Path(folder) / "guard.safetensors")
         times: dict[str, list[float]] = {"plain": [], "guarded": []}
+        began = [(p, p.detach().clone()) for p in model.parameters() if p.requires_grad]
         step()
         for _ in range(STEPS):
             times["plain"].append(step())
+            with torch.no_grad():  # a frozen A has to be what it was
+                for p, value in began:
+                    p.copy_(value)
             guard.attach(state)
             step()  # what is laid out at first
             times["guarded"].append(step())

@@ -255,6 +255,61 @@ def test_of_experts_each():
     assert moved
 
 
+def test_one_input_may_be_held_by_both_kinds_and_is_taken_up_so(monkeypatch, tmp_path):
+    """A LoRA that goes on keeps V, a fresh one beside it W; what is kept on disk tells which."""
+    monkeypatch.setenv("GRASP_CACHE", str(tmp_path))
+    found = []
+    for _ in range(2):
+        model = with_lora(build())
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                if "lora_B" in name and ("v_proj" in name or "up_proj" in name):
+                    p.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            guard = Guard(model, **FEW).attach()
+        found.append({g.name: (g.inside, g.basis) for g in guard.guarded if "lora_A" in g.name})
+        guard.detach()
+    first, second = found
+    assert {inside for inside, _ in first.values()} == {True, False}
+    for name, (inside, basis) in first.items():
+        assert second[name][0] == inside and torch.equal(second[name][1], basis)
+        assert basis.shape[1] == (FREE if inside else len(basis) - FREE)
+
+
+def test_a_gradient_that_overflowed_counts_for_nothing():
+    W, T = orthonormal(12, 3), torch.ones(2, 12)
+    project = Inside([T], [W], "right", measure=True)
+    project([torch.full((2, 12), float("inf"))])
+    project([torch.ones(2, 12)])
+    assert float(project.energies()[0, 0]) == pytest.approx(24)
+
+
+def test_what_a_guard_chose_for_large_bases_is_not_what_its_user_asked_for(monkeypatch, tmp_path):
+    """Attached again once B has learned, or resumed, it asks anew, or goes by the run's own."""
+    monkeypatch.setattr(frozen, "LARGE", 4000)
+    monkeypatch.setattr(frozen, "FREE", 3)
+    model = with_lora(build())
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        guard = Guard(model, optimizer=optimizer, **OPTIONS)
+        with guard:
+            assert guard.growth.free_rank == 3
+            train(model, optimizer, 3)
+            guard.save(tmp_path / "guard.safetensors")
+        with guard:
+            assert guard.growth.free_rank is None
+        (tmp_path / "guard_inputs.safetensors").unlink()
+        resumed = Guard(model, optimizer=optimizer, **OPTIONS)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        resumed.attach(tmp_path / "guard.safetensors")
+    assert all(g.basis.shape[1] == 3 for g in resumed.guarded if "lora_A" in g.name)
+    assert resumed.growth.free_rank == 3
+    resumed.detach()
+
+
 def test_what_an_optimizer_averages_is_held_as_well():
     model = with_lora(build())
     optimizer = torch.optim.ASGD(trainable(model), lr=0.3, t0=0)

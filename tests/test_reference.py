@@ -115,8 +115,10 @@ def test_what_is_drawn_does_not_depend_on_what_runs_beside_it(monkeypatch, famil
     model = build(family)
     mixed = [list(range(3, 3 + n)) for n in (9, 2, 5, 2, 14, 1)]
     together = grasp.draw(model, mixed, tokens=6)
-    monkeypatch.setattr("grasp.data.drawing.KEPT", 1)
-    assert grasp.draw(model, mixed, tokens=6) == together
+    for name in ("KEPT", "MOST"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"grasp.data.drawing.{name}", 1)
+            assert grasp.draw(model, mixed, tokens=6) == together
     assert grasp.draw(model, mixed[:3], tokens=6) == together[:3]
     for (ids, labels), row in zip(together, mixed, strict=True):
         said = ids[len(row) :]

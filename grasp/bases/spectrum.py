@@ -85,7 +85,7 @@ class InputBasis:
 
     def inside(self, T: Tensor) -> Tensor:
         """T V Vᵀ of `T [n, d]`, in T's dtype."""
-        D = self.directions.to(T)
+        D = self.directions.to(T.device).to(T.dtype)  # in this order: MPS has no fp64
         along = T @ D @ D.mT
         return T - along if self.complement else along
 

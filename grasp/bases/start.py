@@ -16,6 +16,7 @@ from grasp.bases.inputs import Read, input_bases
 from grasp.bases.spectrum import InputBasis
 from grasp.data import Reference, tokenized
 from grasp.model import Architecture, Trained, processes, sharding
+from grasp_kernels.matrices import in_vectors
 
 VERSION = 3  # of what is kept: raise it when what is found, or how, is another
 
@@ -32,7 +33,7 @@ class Reading(Protocol):
         """What comes of that depends on this, besides the model and its prompts."""
 
     def found(self) -> tuple[dict, dict[str, Tensor]]:
-        """What came of it; `V` is the same for all with one input."""
+        """What came of it; `V`, or `W`, is the same for all with one input that hold it."""
 
     def take_up(self, facts: dict, tensors: dict[str, Tensor]) -> None:
         """Come to what `found` gave."""
@@ -95,7 +96,10 @@ def start(
     entry = Entry("inputs", _about(of, device.type, takers, rows, options))
     waiting = dict(takers)
     for facts, tensors in entry.parts():
-        tensors = {name: T.to(device) for name, T in tensors.items()}
+        tensors = {
+            name: in_vectors(T.to(device)) if name in ("V", "W") else T.to(device)
+            for name, T in tensors.items()
+        }
         for name in facts:
             for g in waiting.pop(name, ()):
                 own = {k.removeprefix(f"{g.trained.name}/"): T for k, T in tensors.items()}
@@ -118,7 +122,7 @@ def start(
         if options.directions == "random":
             basis = replace(basis, directions=random_like(basis.directions, generator))
         (directions,) = processes.from_first([basis.directions])
-        basis = replace(basis, directions=directions)
+        basis = replace(basis, directions=in_vectors(directions))
         facts: dict[str, dict] = {}
         tensors: dict[str, Tensor] = {}
         for name in names:
@@ -126,7 +130,7 @@ def start(
             for g in takers[name]:
                 g.take(basis)
                 facts[name][g.trained.name], own = g.found()
-                shared = {"V"} & own.keys()
+                shared = {"V", "W"} & own.keys()
                 tensors |= {k: own[k] for k in shared}
                 tensors |= {f"{g.trained.name}/{k}": own[k] for k in own.keys() - shared}
         entry.keep(names[0], facts, tensors)

@@ -18,7 +18,8 @@ from grasp.data.rows import IGNORED
 from grasp.model import evaluating, partitions, processes, resting, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
-KEPT = 2**31  # bytes of keys and values of the prompts that run side by side, about
+KEPT = 2**31  # bytes of keys, values and logits of the prompts that run side by side, about
+MOST = 256  # of them
 SILENT = 5  # seconds before a bar shows
 
 
@@ -58,32 +59,38 @@ def draw(
         torch.no_grad(),
         tqdm(total=len(rows) * tokens, disable=not processes.is_first(), **bar) as progress,
     ):
-        for chosen in _together(rows, tokens, _cache_bytes(model)):
+        for chosen in _together(rows, tokens, *_row_bytes(model)):
             found = _continued(model, [rows[i] for i in chosen], drawn[chosen], progress)
             answers |= dict(zip(chosen, found, strict=True))
     return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
 
 
-def _together(rows: Sequence[Sequence[int]], tokens: int, each: int) -> Iterator[list[int]]:
-    """Which rows run side by side: as many as a cache of `each` bytes a token has room for.
+def _together(
+    rows: Sequence[Sequence[int]], tokens: int, each: int, logits: int
+) -> Iterator[list[int]]:
+    """Which rows run side by side: as many as there is room for, by the bytes that they take.
 
     Of like length, so that few steps only read a prompt. A step reads all weights, for few rows as
     for many.
+
+    Args:
+        each, logits: bytes of a token's keys and values, and of a position's logits.
     """
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while waiting:
         longest = len(rows[waiting[0]]) + tokens
-        chosen = [
-            i
-            for n, i in enumerate(waiting)
-            if not n or len(rows[i]) <= min(longest, KEPT // (each * (n + 1)) - tokens)
-        ]
+        chosen: list[int] = []
+        for i in waiting[:MOST]:
+            size = each * (len(rows[i]) + tokens) + logits
+            if chosen and (len(rows[i]) > longest or size * (len(chosen) + 1) > KEPT):
+                break
+            chosen.append(i)
         waiting = waiting[len(chosen) :]
         yield chosen
 
 
-def _cache_bytes(model: nn.Module) -> int:
-    """Of a token's keys and values in all layers, of an attention as most have it."""
+def _row_bytes(model: nn.Module) -> tuple[int, int]:
+    """Of a token's keys and values, of an attention as most have it; of a position's logits."""
 
     def number(name: str, otherwise: int) -> int:
         found = getattr(config, name, None)
@@ -93,7 +100,9 @@ def _cache_bytes(model: nn.Module) -> int:
     heads = number("num_attention_heads", 1)
     width = number("head_dim", number("hidden_size", 4096) // heads)
     layers, shared = number("num_hidden_layers", 32), number("num_key_value_heads", heads)
-    return 2 * layers * shared * width * max(2, next(model.parameters()).element_size())
+    size = max(2, next(model.parameters()).element_size())
+    logits = 16 * number("vocab_size", 2**17)  # in fp32, their shares and sums beside them
+    return 2 * layers * shared * width * size, logits
 
 
 def _continued(
@@ -149,15 +158,18 @@ def _ends(model: nn.Module) -> Tensor:
     return torch.tensor([end] if isinstance(end, int) else list(end or []), dtype=torch.long)
 
 
-def _last_logits(model: nn.Module) -> dict[str, Tensor]:
+def _last_logits(model: nn.Module) -> dict[str, Tensor | int]:
     """What asks a model for the last position's logits alone, where it can be asked.
 
     By an index, which takes a copy: a slice of hidden states is not contiguous, and torch then
     multiplies them on a CPU with a copy of the whole head for each row.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = inspect.signature(inner.forward).parameters
-    return {"logits_to_keep": torch.tensor([-1])} if "logits_to_keep" in known else {}
+    known = inspect.signature(inner.forward).parameters.get("logits_to_keep")
+    if known is None:
+        return {}
+    takes_index = "Tensor" in str(known.annotation)
+    return {"logits_to_keep": torch.tensor([-1]) if takes_index else 1}
 
 
 def _check_ids(model: nn.Module, rows: list[list[int]], tokens: int) -> None:

@@ -31,7 +31,7 @@ from grasp.guard import checks
 from grasp.guard.certificate import certificate, finite
 from grasp.guard.frozen import Frozen, few_for, frozen_of
 from grasp.guard.gradients import Gradients
-from grasp.guard.guarded import Guarded, Projections, averaged
+from grasp.guard.guarded import Guarded, Projections, averaged, blocked_bases
 from grasp.guard.kinds import weights_of
 from grasp.guard.matching import match, nothing
 from grasp.guard.residual import hook_residual
@@ -104,6 +104,7 @@ class Guard:
         self.wrapped, self.model = model, processes.unwrapped(model)
         self.subspaces, self.residual, self.indirect = subspaces, residual, indirect
         self.optimizer = optimizer_of(model, optimizer)
+        self._free_rank = None if self.growth is None else self.growth.free_rank  # as asked for
         self.freeze_inputs = freeze_inputs
         self.architecture: Architecture | None = None
         """Of the model, as it was when it was attached."""
@@ -210,8 +211,11 @@ class Guard:
 
     @property
     def bases(self) -> dict[str, Tensor]:
-        """What each guarded parameter is kept off, `[d, k]` by name; empty ones left out."""
-        return {g.name: g.blocked_basis for g in self.guarded if g.basis.shape[1]}
+        """What each guarded parameter is kept off, `[d, k]` by name; empty ones left out.
+
+        Where what is left is kept in its place this is made anew, of up to d² numbers each.
+        """
+        return blocked_bases(self.guarded)
 
     @set_aside()
     def leak(self) -> dict[str, dict[str, float]]:
@@ -313,13 +317,14 @@ class Guard:
         if self.growth is None or self.growth.read == 0:
             return []
         size = found.reading(), weights, self.freeze_inputs, self.growth.read_rank
-        if self.growth.free_rank is not None:
+        self.growth.free_rank = self._free_rank
+        if self._free_rank is not None:
             checks.refuse_free(weights.values())
         frozen = frozen_of(*size) if state is None else frozen_as(*size[:2], Path(state))
         if state is None and any(f.asked for f in frozen) and sharding.is_wrapped(self.wrapped):
             checks.refuse_late(self.freeze_inputs)
             return []
-        if not frozen and self.growth.free_rank is None:
+        if not frozen and self._free_rank is None and state is None:
             self.growth.free_rank = few_for(*size)
         return frozen
 

@@ -138,11 +138,12 @@ class Guarded:
 
     def found(self) -> tuple[dict, dict[str, Tensor]]:
         """What `take` came to, as facts and tensors."""
-        return {"share": self.share, "inside": self.inside}, {"V": self.basis}
+        facts = {"share": self.share, "inside": self.inside}
+        return facts, {"W" if self.inside else "V": self.basis}
 
     def take_up(self, facts: dict, tensors: dict[str, Tensor]) -> None:
-        """Come to what `found` gave; `V` is shared by all that it is handed to."""
-        self.hold(tensors["V"], facts["inside"])
+        """Come to what `found` gave; a basis is shared by all that it is handed to."""
+        self.hold(tensors["W" if facts["inside"] else "V"], facts["inside"])
         self.share = facts["share"]
 
     def widen(self, basis: Tensor) -> None:
@@ -161,9 +162,9 @@ class Guarded:
         if self.partner is None or self.partner.kept is None:
             return [own]
         side, start = self.trained.side, exact(self.weight.start())
-        carried = self.weight.whole(self.coefficients(start), side)  # not `pinned`: as fp32 has it
-        carried = carried.mT if self.left else carried  # [r, k]; a direction that carries little
-        U, S, _ = torch.linalg.svd(carried, full_matrices=False)  # may be all of the other factor's
+        # Not `pinned`, as fp32 has it: a direction that carries little may be all of the other's.
+        carried = self.weight.whole(self.coefficients(start), side).double()
+        U, S, _ = torch.linalg.svd(carried.mT if self.left else carried, full_matrices=False)
         Q = U[:, S > SHARE * float(self.weight.whole(start).norm())].to(self.device, torch.float32)
         pins = [own]
         if Q.shape[1]:
@@ -204,6 +205,14 @@ class Guarded:
         d, k = self.basis.shape
         rank = d - k if self.inside else k
         return {"rank": rank, "blocked": blocked, "through": change.through}
+
+
+def blocked_bases(guarded: Sequence[Guarded]) -> dict[str, Tensor]:
+    """What each is kept off, by name; empty ones left out. One that several share is made once."""
+    held = [g for g in guarded if g.basis.shape[1]]
+    first = {id(g.basis): g for g in reversed(held)}
+    made = {key: g.blocked_basis for key, g in first.items()}
+    return {g.name: made[id(g.basis)] for g in held}
 
 
 class Change(NamedTuple):

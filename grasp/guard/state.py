@@ -60,6 +60,7 @@ def save(guard: "Guard", path: Path, everyone: bool = False) -> Path:
         "guarded": [g.name for g in guard.guarded],
         "shares": {g.name: g.share for g in guard.guarded},
         "frozen": {f.name: f.saved() for f in guard.frozen},
+        "free_rank": None if guard.growth is None else guard.growth.free_rank,
     }
     try:
         if everyone or not guard.split or processes.is_first():
@@ -106,6 +107,7 @@ def load(guard: "Guard", path: Path, weights: Sequence[Whole]) -> None:
             g.restore({key: tensors.get(f"{key}.{g.name}") for key in SAVED})
     if guard.growth is None:
         return
+    guard.growth.free_rank = about["free_rank"]
     guard.growth.load_state_dict(tensors)
     inputs = [g for g in guard.guarded if _is_of_inputs(g)]
     if _beside(path).exists():
@@ -146,7 +148,7 @@ def _read(path: Path) -> tuple[dict, dict[str, Tensor]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} is no saved guard ({error})") from error
-    if "frozen" not in about:
+    if "free_rank" not in about:
         raise ValueError(f"{path} is of an earlier version of grasp-kernels; start anew")
     return about, tensors
 

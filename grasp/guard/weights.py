@@ -138,7 +138,8 @@ class Whole:
 def product(T: Tensor, basis: Tensor, side: Side) -> Tensor:
     """Uᵀ T, or T U on the right side, in fp32 at least."""
     T = T.detach().to(torch.promote_types(T.dtype, torch.float32))
-    return basis.mT.to(T) @ T if side == "left" else T @ basis.to(T)
+    basis = basis.to(T.device).to(T.dtype)  # in this order: MPS has no fp64
+    return basis.mT @ T if side == "left" else T @ basis
 
 
 def exact(T: Tensor) -> Tensor:
