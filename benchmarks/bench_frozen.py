@@ -86,7 +86,7 @@ def main() -> None:
             runs = _runs(options, form, chosen, tasks, seeds, folder, world)
             lines += [about | {"form": form, "world": world} | _kept(r, plain) for r in runs]
             _print(form, world, runs, plain)
-    write_text(out, "".join(json.dumps(line) + "\n" for line in lines))
+            write_text(out, "".join(json.dumps(line) + "\n" for line in lines))
 
 
 def _runs(options, form, chosen, tasks, seeds, folder, world) -> list[dict]:
