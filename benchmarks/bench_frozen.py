@@ -54,7 +54,7 @@ CHOICES = (
         )
         for r, rate, read in TRIES
     }
-    | {f"free {p}": ("grasp", {"free_rank": p}) for p in (16, 32, 48, 64, 96)}
+    | {f"free {p}": ("grasp", {"free_rank": p}) for p in (32, 48, 64, 96)}
 )
 
 
