@@ -79,6 +79,7 @@ def edited(model):
         {"tokens": 2},
         {"read": 0.8},
         {"read_rank": 4},
+        {"free_rank": 3},
         {"quick": False},
     ],
 )
