@@ -1,6 +1,8 @@
 """Projections onto what is left, where that is less than what is blocked.
 
-right   T ← T W Wᵀ        left   T ← W Wᵀ T        W [d, p], V the rest: T V = 0
+    right   T ← T W Wᵀ        left   T ← W Wᵀ T        W [d, p], V the rest: T V = 0
+
+in fp32 whatever a run sets for its own products, since TF32 would round T out of W again.
 """
 
 from collections.abc import Sequence
