@@ -83,6 +83,7 @@ def full() -> nn.Module:
 
 WEIGHTS: dict[str, tuple[Callable[[], nn.Module], dict]] = {
     "LoRA": (lora, GUARD | {"freeze_inputs": False}),
+    "LoRA, few free": (lora, GUARD | {"free_rank": 6}),
     "LoRA, frozen": (frozen, GUARD | {"freeze_inputs": True}),
     "full": (full, GUARD),
 }

@@ -93,19 +93,18 @@ def counted(name: str) -> dict:
         "gradient_and_adam_bytes_of_A_frozen": 0,
         "start_bytes": {
             "second moments": 4 * widest**2,
-            "their factor and directions": 4 * widest**2 + 4 * 2 * widest * widest // 4,
-            "held-out inputs": 4 * HELD * widest,
+            "their factor": 4 * widest**2,
+            "directions, tracked": 4 * 3 * widest * widest // 4,
+            "directions, 64 free": 4 * 3 * widest * FREE,
+            "held-out inputs": (2 + 4) * HELD * widest,
             "hidden states": 2 * 2 * tokens * config.hidden_size,
         },
         "start_tokens": tokens,
         "start_flops": {
             "forward": forward,
             "second moments": sum(n * tokens * d * d * 9 / 8 for d, n in per_input.items()),
-            "directions": sum(
-                n * (d**3 / 3 + 2 * (2 * d * d * m + 4 * d * m * m) + 2 * d * d * m + 9 * m**3)
-                for d, n in per_input.items()
-                for m in [d // 4]
-            ),
+            "directions, tracked": sum(n * _directions(d, d // 4) for d, n in per_input.items()),
+            "directions, 64 free": sum(n * _directions(d, FREE) for d, n in per_input.items()),
         },
         "assumes": {
             "k": f"{FILLED} d",
@@ -115,6 +114,11 @@ def counted(name: str) -> dict:
             "tokens": f"{PER_WIDTH} d",
         },
     }
+
+
+def _directions(d: int, m: int) -> float:
+    """Operations from second moments `[d, d]` to W `[d, m]`: a factor, two solves, QR, held-out."""
+    return d**3 / 3 + 2 * d * d * m + 4 * d * m * m + d * m * m + 2 * HELD * d * m
 
 
 def started(model: torch.nn.Module, tokenizer, freeze: bool, options: dict) -> tuple[Guard, dict]:

@@ -1,12 +1,13 @@
 """Autocast and faster fp32 products are set aside: a projection rounded to 16 bits is none."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from threading import Lock
 
 import torch
 
 DEVICES = ("cpu", "cuda", "xpu", "mps")
+BAR = "TMonitor"  # the thread of a progress bar, which multiplies nothing
 
 
 @contextmanager
@@ -19,6 +20,27 @@ def set_aside() -> Iterator[None]:
         if _exact.holders or not _is_exact():
             stack.enter_context(_exact)
         yield
+
+
+@contextmanager
+def in_bf16() -> Iterator[None]:
+    """fp32 products, of numbers that bf16 can hold, by a CPU's bf16 units: none is rounded.
+
+    Sums are fp32. PyTorch keeps the setting for the whole process, so it is made for no thread but
+    this one, and not where others run.
+    """
+    running = {t for t in threading.enumerate() if type(t).__name__ != BAR}
+    if running != {threading.current_thread()}:
+        yield
+        return
+    matmul, above = torch.backends.mkldnn.matmul, torch.backends.mkldnn
+    with _exact.lock:
+        own = "none" if matmul.fp32_precision == above.fp32_precision else matmul.fp32_precision
+        matmul.fp32_precision = "bf16"
+        try:
+            yield
+        finally:
+            matmul.fp32_precision = own
 
 
 def _is_exact() -> bool:
@@ -36,7 +58,7 @@ class _Exact:
     """
 
     def __init__(self) -> None:
-        self.lock, self.holders = Lock(), 0
+        self.lock, self.holders = threading.Lock(), 0
 
     def __enter__(self) -> None:
         with self.lock:

@@ -29,6 +29,7 @@ from grasp import Guard
 from tests.models import PROMPTS, batch, build, subspaces, trainable, with_lora
 
 GROWTH = {"reference": PROMPTS[:6], "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "every": 1}
+FEW = {**GROWTH, "free_rank": 6}
 ROWS = 4  # of each global batch, shared among the processes
 
 
@@ -119,7 +120,7 @@ def run(case: Case, steps: int = 4, keep_at: int = 0, to=None, resume=None, guar
         "before": before,
         "after": full(model),
         "averages": averages,
-        "bases": guard.bases,
+        "bases": kept_off(guard),
         "norms": norms,
         "transposed": case.transposed,
         "modules": [n for n, _ in model.named_modules()],
@@ -180,6 +181,13 @@ def full(model: nn.Module) -> dict[str, Tensor]:
 def _full(T: Tensor) -> Tensor:
     T = T.detach()
     return T.full_tensor() if hasattr(T, "full_tensor") else T
+
+
+def kept_off(guard: Guard) -> dict[str, Tensor]:
+    """All that is blocked; where the rest of it is what is kept, made of that in fp64."""
+    rest = {g.name: g.basis.double() for g in guard.guarded if g.inside}
+    whole = {name: torch.linalg.qr(W, mode="complete").Q for name, W in rest.items()}
+    return guard.bases | {name: Q[:, rest[name].shape[1] :] for name, Q in whole.items()}
 
 
 def through(found: dict) -> tuple[float, float]:
@@ -294,6 +302,13 @@ CASES = {
     ),
     "norms after writers": Case(
         model=partial(lora, family="olmo2"), guard={"subspaces": subspaces(), "residual": True}
+    ),
+    "few free": Case(guard=FEW),
+    "few free, by columns": Case(
+        guard=FEW, split=partial(sharded, shard_placement_fn=lambda p: Shard(p.ndim - 1))
+    ),
+    "few free, averaged": Case(
+        guard=FEW, model=partial(lora, r=3), optimizer=partial(torch.optim.ASGD, lr=0.3, t0=1)
     ),
     # Rounding of what it starts from is set against how far it goes.
     "an adapter goes on": Case(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import grasp_kernels as gk
-from grasp_kernels.autocast import set_aside
+from grasp_kernels.autocast import in_bf16, set_aside
 from grasp_kernels.testing import orthonormal
 
 reference = import_module("grasp_kernels.project")  # the package has a function of that name
@@ -117,3 +117,32 @@ def test_the_last_thread_puts_it_back(rounded):
     for thread in threads:
         thread.join()
     assert seen == [("ieee", "ieee")] and state() == before
+
+
+def test_what_bf16_can_hold_is_multiplied_exactly_by_its_units(rounded):
+    before, generator = state(), torch.Generator().manual_seed(0)
+    x, y = (torch.randn(64, 300, generator=generator).bfloat16() for _ in range(2))
+    exact = x.double() @ y.double().mT
+    with set_aside(), in_bf16():
+        assert mkldnn.matmul.fp32_precision == "bf16"
+        found = x.float() @ y.float().mT
+    assert state() == before
+    # Sums of 300 are rounded as in fp32; a product rounded to bf16 would be off by thousandths.
+    torch.testing.assert_close(found.double(), exact, atol=1e-4, rtol=0)
+
+
+def test_no_other_threads_products_are_made_in_bf16(rounded):
+    before, done, running = state(), Barrier(2), Barrier(2)
+
+    def other():
+        running.wait(10)
+        done.wait(10)
+
+    thread = Thread(target=other)
+    thread.start()
+    running.wait(10)
+    with set_aside(), in_bf16():
+        assert mkldnn.matmul.fp32_precision == "ieee"
+    done.wait(10)
+    thread.join()
+    assert state() == before

@@ -6,11 +6,13 @@ in fp64.
 
 import copy
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import grasp
+import grasp_kernels as gk
 from grasp import Guard, Reference
 from grasp.bases import spectrum
 from grasp.guard import frozen
@@ -31,6 +33,11 @@ def orthonormal(d: int, p: int, seed: int = 0) -> torch.Tensor:
     return torch.linalg.qr(drawn).Q
 
 
+def projector(Ts: list[torch.Tensor], Ws: list[torch.Tensor], side: str) -> Inside:
+    whole = SimpleNamespace(moves=True, of=lambda T: T)
+    return Inside(gk.Projector(Ts, Ws, side=side, measure=True), [whole] * len(Ts), Ts)
+
+
 def off(W: torch.Tensor, T: torch.Tensor) -> float:
     """‖T (I − W Wᵀ)‖ / ‖T‖ in fp64."""
     T, W = T.double(), W.double()
@@ -46,7 +53,7 @@ def test_onto_what_is_left(side, precision):
         W = orthonormal(40, 6)
         Ts = [torch.randn(*((40, n) if side == "left" else (n, 40))) for n in (3, 7)]
         T0 = [T.clone() for T in Ts]
-        project = Inside(Ts, [W, W], side, measure=True)
+        project = projector(Ts, [W, W], side)
         project()
     finally:
         torch.set_float32_matmul_precision(before)
@@ -279,7 +286,7 @@ def test_one_input_may_be_held_by_both_kinds_and_is_taken_up_so(monkeypatch, tmp
 
 def test_a_gradient_that_overflowed_counts_for_nothing():
     W, T = orthonormal(12, 3), torch.ones(2, 12)
-    project = Inside([T], [W], "right", measure=True)
+    project = projector([T], [W], "right")
     project([torch.full((2, 12), float("inf"))])
     project([torch.ones(2, 12)])
     assert float(project.energies()[0, 0]) == pytest.approx(24)

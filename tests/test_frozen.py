@@ -2,7 +2,6 @@
 
 import copy
 import json
-import warnings
 
 import pytest
 import torch
@@ -159,36 +158,12 @@ def test_a_resumed_run_goes_on_bit_for_bit(tmp_path):
         Guard(other, **OPTIONS).attach(tmp_path / "guard.safetensors")
 
 
-def test_frozen_where_bases_would_be_large_and_weights_are_split_and_says_so(monkeypatch):
-    """Elsewhere few directions are left free: see test_free."""
-    monkeypatch.setattr(frozen, "LARGE", 4000)
-    monkeypatch.setattr(frozen.Whole, "split", True)
-    with pytest.warns(UserWarning, match=r"would take about .* GiB in each process: each LoRA's A"):
-        guard = Guard(lora(), **OPTIONS).attach()
-    assert guard.frozen
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        guard = Guard(lora(), freeze_inputs=False, **OPTIONS).attach()
-    assert not guard.frozen
-    few = Guard(lora(), read_rank=1, **OPTIONS).attach()
-    assert not few.frozen  # bases of a direction each are small
-    whole = build()
-    for name, p in whole.named_parameters():
-        p.requires_grad_("_proj" in name)
-    assert not Guard(whole, **OPTIONS).attach().frozen  # there is no A
-    with pytest.raises(ValueError, match="free_rank is for one process or DDP.*freeze_inputs"):
-        Guard(lora(), free_rank=4, **OPTIONS).attach()
-
-
-@pytest.mark.parametrize("split", [True, False])
-def test_before_a_trainer_splits_weights_and_for_that_alone(monkeypatch, split):
-    monkeypatch.setattr(frozen, "LARGE", 4000)
-    model = lora()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        frozen.freeze_early(model, None, split=split)
-    asked = [p.requires_grad for n, p in model.named_parameters() if "lora_A" in n]
-    assert not any(asked) if split else all(asked)
+def test_before_a_trainer_splits_weights_where_that_is_asked_for():
+    for freeze in (None, False, True):
+        model = lora()
+        frozen.freeze_early(model, freeze)
+        asked = [p.requires_grad for n, p in model.named_parameters() if "lora_A" in n]
+        assert asked and not any(asked) if freeze else all(asked)
 
 
 def test_the_size_of_bases_is_foreseen():

@@ -238,16 +238,46 @@ def test_what_is_left_alone_where_inputs_are_wide(monkeypatch, seen, asked):
     torch.testing.assert_close(by_last.inside(T), T @ V @ V.mT, atol=1e-5, rtol=1e-5)
 
 
-def test_moments_are_second_moments():
+@pytest.mark.parametrize("seen", [600, 60])
+def test_few_are_left_free_where_inputs_are_not_narrow(monkeypatch, seen):
+    """V holds what was asked for, and W is drawn from what the eigenvectors would leave."""
+    d, free, asked, generator = 96, 12, 0.95, torch.Generator().manual_seed(0)
+    scale = torch.logspace(0, -1.2, d)
+    Q = torch.linalg.qr(torch.randn(d, d, generator=generator)).Q
+    moments = spectrum.Moments(d)
+    X, held = (torch.randn(n, d, generator=generator) * scale @ Q.mT for n in (seen, 200))
+    moments.add(X, False)
+    moments.add(held, True)
+    eigh = torch.linalg.eigh
+    by_all = spectrum.choose(moments, asked, free=free)
+    monkeypatch.setattr(spectrum, "NARROW", 1)
+    monkeypatch.setattr(torch.linalg, "eigh", None)
+    found = spectrum.choose(moments, asked, free=free)
+    W = found.directions.double()
+    assert found.complement and W.shape == (d, free) and found.rank == d - free
+    torch.testing.assert_close(W.mT @ W, torch.eye(free).double(), atol=1e-5, rtol=0)
+    for rows, said in ((held, found.share), (X, found.sample)):
+        unit = torch.nn.functional.normalize(rows, dim=1).mT.double()
+        assert said == pytest.approx(1 - share(W, unit), abs=1e-5)
+    assert found.share >= asked
+    assert (1 - found.share) == pytest.approx(1 - by_all.share, rel=0.5)
+    monkeypatch.setattr(torch.linalg, "eigh", eigh)
+    wide = spectrum.choose(moments, asked, free=90)  # more than may be left: none are drawn
+    assert wide.share == pytest.approx(spectrum.choose(moments, asked).share)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_are_second_moments(monkeypatch, dtype):
+    monkeypatch.setattr(spectrum, "TOGETHER", 5)
     generator = torch.Generator().manual_seed(0)
     moments, rows = spectrum.Moments(13), []
-    for n in (3, 0, 7):
-        rows.append(torch.randn(n, 13, generator=generator))
+    for n in (3, 0, 7, 2):
+        rows.append(torch.randn(n, 13, generator=generator).to(dtype))
         moments.add(rows[-1], False)
-    X = torch.nn.functional.normalize(torch.cat(rows), dim=1).double()
+    X = torch.nn.functional.normalize(torch.cat(rows).float(), dim=1).to(dtype).double()
     lower = moments.C.double().tril()
     torch.testing.assert_close(lower, (X.mT @ X).tril(), atol=1e-6, rtol=0)
-    assert moments.count == 10 and moments.held is None
+    assert moments.count == 12 and moments.held is None
 
 
 def test_rows_of_a_batch_are_of_one_length_and_none_is_lost():

@@ -5,7 +5,7 @@ import torch
 
 import grasp
 from grasp import Reference
-from tests.models import build, trainable, with_lora
+from tests.models import FAMILIES, build, trainable, with_lora
 
 PROMPTS = [
     *torch.randint(3, 64, (6, 4), generator=torch.Generator().manual_seed(0)).tolist(),
@@ -37,6 +37,20 @@ def test_a_fine_tunes_continuations_are_compared_with_the_base():
     ids, _ = drifted[0]
     assert both.ids[len(PROMPTS), : len(ids)].tolist() == ids
     assert whole != pytest.approx(half) and positions[0] > positions[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_tokens_are_drawn_by_is_what_the_model_says_there(family):
+    """Read off while drawing, with a cache and prompts of any lengths side by side."""
+    model = build(family)
+    reference = Reference(model, PROMPTS, tokens=4, batch=4)
+    with torch.no_grad():
+        for i, (top, base) in enumerate(zip(reference.top, reference.base, strict=True)):
+            logs = reference._logs(model, [i])
+            assert len(top) == len(base) == int(reference.compared[i].sum())
+            torch.testing.assert_close(
+                base[:, : top.shape[1]], logs.gather(1, top), atol=1e-4, rtol=0
+            )
 
 
 def test_is_the_mean_kl_over_continued_tokens():

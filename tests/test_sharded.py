@@ -21,24 +21,28 @@ from grasp.data import Reference
 from grasp.model import sharding
 from tests import sharded_runs as runs
 from tests.models import PROMPTS, batch, build, trainable
-from tests.sharded_runs import CASES, GROWTH, HYBRID, Case
+from tests.sharded_runs import CASES, FEW, GROWTH, HYBRID, Case
 from tests.test_trainer import ROWS, arguments
 from tests.together import together
 
 LIMIT = 1e-6
-RESUMED = Case(accumulate=2, clip=0.5)
+RESUMED = {
+    "saved": Case(accumulate=2, clip=0.5),
+    "saved, few free": Case(accumulate=2, clip=0.5, guard=FEW),
+}
 
 
 def _two(rank: int, folder) -> dict:
     warnings.simplefilter("ignore")
     alone = {name: runs.run(CASES[name]) for name in list(CASES)[rank::2]}
-    if rank == 0:
-        alone["saved"] = runs.run(RESUMED, keep_at=2, to=folder / "one")
+    for name, case in list(RESUMED.items())[rank::2]:
+        alone[name] = runs.run(case, keep_at=2, to=folder / name / "one")
     dist.init_process_group("gloo")
     found = {name: runs.run(case) for name, case in CASES.items()}
-    found["saved"] = runs.run(RESUMED, keep_at=2, to=folder / "two")
-    found["two to two"] = runs.run(RESUMED, resume=folder / "two")
-    found["one to two"] = runs.run(RESUMED, resume=folder / "one")
+    for name, case in RESUMED.items():
+        found[name] = runs.run(case, keep_at=2, to=folder / name / "two")
+        found[name, "two to two"] = runs.run(case, resume=folder / name / "two")
+        found[name, "one to two"] = runs.run(case, resume=folder / name / "one")
     found["free"] = runs.run(CASES["adamw"], guarded=False)
     return {
         "alone": alone,
@@ -56,7 +60,8 @@ def two(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("two")
     first, second = together(_two, folder)
     alone = first["alone"] | second["alone"]
-    alone["two to one"] = runs.run(RESUMED, resume=folder / "two")
+    for name, case in RESUMED.items():
+        alone[name, "two to one"] = runs.run(case, resume=folder / name / "two")
     return {
         "folder": folder,
         "alone": alone,
@@ -118,25 +123,28 @@ def test_what_an_optimizer_shows_later_is_kept_off_too(two):
         assert float((U.mT @ W).norm()) <= LIMIT * float(W.norm())
 
 
-def test_resumed_bit_for_bit(two):
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_bit_for_bit(two, name):
     for found in two["split"]:
-        saved, resumed = found["saved"], found["two to two"]
+        saved, resumed = found[name], found[name, "two to two"]
         assert all(torch.equal(W, resumed["after"][n]) for n, W in saved["after"].items())
         assert saved["certificate"] == resumed["certificate"]
 
 
-def test_one_writes_or_each(two):
+@pytest.mark.parametrize("case", RESUMED)
+def test_one_writes_or_each(two, case):
     """A state of the guard is the same whoever writes it."""
-    folder = two["folder"] / "two"
+    folder = two["folder"] / case / "two"
     for name in ("guard.safetensors", "guard_inputs.safetensors"):
         written = {p.read_bytes() for p in folder.glob(f"**/{name}")}
         assert len(written) == 1 and len(list(folder.glob(f"**/{name}"))) == 3
 
 
-@pytest.mark.parametrize("name", ["two to one", "one to two"])
-def test_resumed_on_another_number_of_processes(two, name):
-    saved = two["alone"]["saved"]
-    found = two["alone"][name] if name == "two to one" else two["split"][0][name]
+@pytest.mark.parametrize("way", ["two to one", "one to two"])
+@pytest.mark.parametrize("name", RESUMED)
+def test_resumed_on_another_number_of_processes(two, name, way):
+    saved = two["alone"][name]
+    found = (two["alone"] if way == "two to one" else two["split"][0])[name, way]
     assert runs.distance(saved, found | {"before": saved["before"]}) <= 1e-4
     assert found["certificate"]["holds"]
     assert max(runs.through(found | {"before": saved["before"]})) <= LIMIT

@@ -28,6 +28,8 @@ RUNS = {
     "ZeRO-3": Run(3, SPLIT, by="both"),
     "ZeRO-3 with small weights whole": Run(3, accumulate=2),
     "ZeRO-3 offloaded, in parts, an adapter goes on": Run(3, PARTS, goes_on=True, rate=3e-2),
+    "ZeRO-2, few free": Run(2, free=6, groups=2),
+    "ZeRO-3, few free": Run(3, SPLIT, free=6),
     "ZeRO-1 on all weights": Run(1, full=True),
     "ZeRO-3 on all weights": Run(3, SPLIT, full=True),
     "stage 0": Run(0, by="subspaces"),

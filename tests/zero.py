@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grasp import Guard
 from tests.models import PROMPTS, batch, build, subspaces, trainable, with_lora
+from tests.sharded_runs import kept_off
 
 STEPS, KEPT = 5, 3
 GROWTH = {"reference": PROMPTS[:6], "tokens": 4, "read": 0.5, "rank": 2, "refresh": 2, "grow": 1}
@@ -29,6 +30,7 @@ class Run:
     family: str = "llama"
     by: str = "reference"  # or subspaces, or both
     goes_on: bool = False  # from a LoRA that has learned something
+    free: int | None = None
     groups: int = 1
     accumulate: int = 1
     steps: int = STEPS
@@ -69,7 +71,7 @@ class Run:
 
     def guard(self, model, optimizer=None) -> Guard:
         found = subspaces() if self.by != "reference" else None
-        options = GROWTH if self.by != "subspaces" else {}
+        options = GROWTH | {"free_rank": self.free} if self.by != "subspaces" else {}
         return Guard(model, found, optimizer=optimizer, **options)
 
 
@@ -137,7 +139,7 @@ def train(
     found: dict[str, Any] = {"before": before, "transposed": run.transposed}
     if guarded:
         found["certificate"] = guard.certificate()
-        found["bases"] = {n: b.cpu() for n, b in guard.bases.items()}
+        found["bases"] = {n: b.cpu() for n, b in kept_off(guard).items()}
         guard.detach()
     found["after"] = wholes(model, masters=False)
     found["masters"] = masters | {"after": wholes(model)}

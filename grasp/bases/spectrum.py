@@ -8,18 +8,23 @@
 k is at most the rank of C, as further directions would be noise, and leaves a sixteenth of the
 space to learn in. Of the widest inputs, whose eigenvectors would take minutes, W is a subspace in
 which C is small, a quarter of the space at most: V holds the share that is asked for, or more.
+So it is where few directions are to be left, of inputs that are not narrow.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from grasp_kernels.autocast import in_bf16
 from grasp_kernels.matrices import in_vectors
 
 HELD = 4096  # inputs of held-out prompts that are kept to judge by
+TOGETHER = 2048  # inputs that are added up at once
 WIDEST = 4096  # d up to which all eigenvectors are found; above it three quarters or more is V
+NARROW = 1024  # d up to which they are found where few directions are to be left
 ROOM = 16  # of d one part is always left to learn in
 TINY = torch.finfo(torch.float32).tiny
 NOISE = 1e-6  # of the largest eigenvalue: what is below is rounding
@@ -35,30 +40,48 @@ class Moments:
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu"):
-        self.C = torch.zeros(width, width, device=device)
-        """Σ x̂ x̂ᵀ on and below its diagonal; what is above is of no meaning."""
+        self._C = torch.zeros(width, width, device=device)
         self.count = 0
+        self._waiting: list[Tensor] = []
         self._held: list[Tensor] = []
         self._kept = 0
 
     def add(self, x: Tensor, held: bool) -> None:
-        """Take in rows `[tokens, d]` of any dtype."""
-        x = torch.nn.functional.normalize(x.to(self.C.device).float(), dim=1)
+        """Take in rows `[tokens, d]` of any dtype; of 16 bits they keep as many at length 1."""
+        dtype = x.dtype if x.dtype.itemsize == 2 else torch.float32
+        x = torch.nn.functional.normalize(x.to(self._C.device).float(), dim=1).to(dtype)
         if held:
             x = x[: HELD - self._kept]
             self._kept += len(x)
             self._held.append(x)
             return
         self.count += len(x)
-        for panel in torch.arange(len(self.C)).tensor_split(PANELS):
-            if len(panel):
-                low, high = int(panel[0]), int(panel[-1]) + 1
-                self.C[low:, low:high].addmm_(x[:, low:].mT, x[:, low:high])
+        self._waiting.append(x)
+        if sum(map(len, self._waiting)) >= TOGETHER:
+            self._add_up()
+
+    @property
+    def C(self) -> Tensor:
+        """Σ x̂ x̂ᵀ on and below its diagonal; what is above is of no meaning."""
+        self._add_up()
+        return self._C
 
     @property
     def held(self) -> Tensor | None:
         """Held-out inputs `[tokens, d]`; None if there are none."""
-        return torch.cat(self._held) if self._kept else None
+        return torch.cat(self._held).float() if self._kept else None
+
+    def _add_up(self) -> None:
+        if not self._waiting:
+            return
+        x = torch.cat(self._waiting)
+        self._waiting = []
+        with in_bf16() if x.dtype == torch.bfloat16 else nullcontext():
+            x = x.float()
+            for panel in torch.arange(len(self._C)).tensor_split(PANELS):
+                if len(panel):
+                    low, high = int(panel[0]), int(panel[-1]) + 1
+                    self._C[low:, low:high].addmm_(x[:, low:].mT, x[:, low:high])
 
 
 @dataclass(frozen=True)
@@ -115,8 +138,11 @@ def choose(
     if C.device.type == "mps":  # which has no eigh
         C, held = C.cpu(), None if held is None else held.cpu()
     found = None
-    if d > WIDEST and rank is None and not bottom:
-        found = _others(C, held, energy, moments.count)
+    if rank is None and not bottom:
+        if free is not None and d > max(NARROW, free):
+            found = _free(C, held, energy, free)
+        if found is None and d > WIDEST:
+            found = _others(C, held, energy, moments.count)
     others = found is not None
     D, inside, along = found or _leading(C, held, energy, rank, bottom)
     if free is not None and free < (D.shape[1] if others else d - D.shape[1]):
@@ -177,19 +203,49 @@ def _others(
     """
     d = len(C)
     most, ridge = d // 4, 1e-3 * float(C.diagonal().mean())
-    if d - count > most:
+    if d - count > most or (found := _through_inverse(C, ridge, most)) is None:
         return None
-    L = C.clone()
-    L.diagonal().add_(ridge)
-    L, failed = torch.linalg.cholesky_ex(L)
-    if bool(failed):
-        return None
-    drawn = torch.randn(d, most, generator=torch.Generator().manual_seed(0)).to(C)
-    W, R = torch.linalg.qr(torch.cholesky_solve(drawn, L))
-    through = torch.linalg.solve_triangular(R, drawn, upper=True, left=False)  # (C + ε) W
-    inside = ((W * through).sum(0) - ridge).clamp_min(0)
+    W, inside = found
     each = inside if held is None else (held @ W).square().sum(0)
     total = C.diagonal().sum() if held is None else held.square().sum()
     few = int((each.double().cumsum(0) <= (1 - energy) * float(total)).sum())
     m = max(d - count, -(-d // ROOM), few)
     return W[:, :m].contiguous(), float(inside[:m].sum()), float(each[:m].sum())
+
+
+def _free(
+    C: Tensor, held: Tensor | None, energy: float, free: int
+) -> tuple[Tensor, float, float] | None:
+    """As `_leading` of W `[d, free]`; None if V would hold less than it is to.
+
+        (C + ε) Y = Ω [d, free],    ε = (1 − energy) / 3 · tr C / d
+
+    A third of the mean of what is left over, if it were of all directions: those of a smaller
+    eigenvalue are drawn alike.
+    """
+    ridge = (1 - energy) / 3 * float(C.diagonal().mean())
+    if (found := _through_inverse(C, ridge, free)) is None:
+        return None
+    W, each = found
+    along = float(each.sum() if held is None else (held @ W).square().sum())
+    total = float(C.diagonal().sum() if held is None else held.square().sum())
+    return (W, float(each.sum()), along) if along <= (1 - energy) * total else None
+
+
+def _through_inverse(C: Tensor, ridge: float, count: int) -> tuple[Tensor, Tensor] | None:
+    """W = orth((C + ε)⁻¹ Ω) of a random `Ω [d, count]`, and diag(Wᵀ C W); None if that fails.
+
+    Of C, what is on and below the diagonal is read. One matrix of its size is made.
+    """
+    d = len(C)
+    L = C.clone().mT  # whose columns lie as LAPACK wants them, so that it is factored where it is
+    L.diagonal().add_(ridge)
+    failed = torch.empty((), dtype=torch.int32, device=C.device)
+    torch.linalg.cholesky_ex(L, upper=True, out=(L, failed))
+    if bool(failed):
+        return None
+    drawn = torch.randn(d, count, generator=torch.Generator().manual_seed(0)).to(C)
+    Y = torch.linalg.solve_triangular(L.mT, drawn, upper=False)
+    W, R = torch.linalg.qr(torch.linalg.solve_triangular(L, Y, upper=True))
+    through = torch.linalg.solve_triangular(R, drawn, upper=True, left=False)  # (C + ε) W
+    return W, ((W * through).sum(0) - ridge).clamp_min(0)

@@ -18,7 +18,7 @@ from grasp.data import Reference, tokenized
 from grasp.model import Architecture, Trained, processes, sharding
 from grasp_kernels.matrices import in_vectors
 
-VERSION = 3  # of what is kept: raise it when what is found, or how, is another
+VERSION = 4  # of what is kept: raise it when what is found, or how, is another
 
 
 class Reading(Protocol):

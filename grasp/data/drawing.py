@@ -7,7 +7,8 @@ which prompts run side by side.
 """
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from grasp.data.rows import IGNORED
 from grasp.model import evaluating, partitions, processes, resting, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
+See = Callable[[Tensor, list[int]], None]
 KEPT = 2**31  # bytes of keys, values and logits of the prompts that run side by side, about
 MOST = 256  # of them
 SILENT = 5  # seconds before a bar shows
@@ -30,6 +32,7 @@ def draw(
     *,
     tokens: int = 96,
     seed: int = 0,
+    see: See | None = None,
 ) -> list[Continued]:
     """Each prompt with a continuation drawn from the model, up to an end token.
 
@@ -38,6 +41,8 @@ def draw(
         prompts, tokenizer: as `Reference`.
         tokens: the most that are drawn for each.
         seed: of what is drawn.
+        see: is shown the logits `[n, vocabulary]` that tokens are drawn by, a step at a time, and
+            which prompts they are of.
 
     Returns:
         For each prompt its token ids with the continuation's, and labels, -100 on the prompt.
@@ -60,7 +65,8 @@ def draw(
         tqdm(total=len(rows) * tokens, disable=not processes.is_first(), **bar) as progress,
     ):
         for chosen in _together(rows, tokens, *_row_bytes(model)):
-            found = _continued(model, [rows[i] for i in chosen], drawn[chosen], progress)
+            shown = None if see is None else partial(_of_chosen, see, chosen)
+            found = _continued(model, [rows[i] for i in chosen], drawn[chosen], progress, shown)
             answers |= dict(zip(chosen, found, strict=True))
     return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
 
@@ -105,8 +111,16 @@ def _row_bytes(model: nn.Module) -> tuple[int, int]:
     return 2 * layers * shared * width * size, logits
 
 
+def _of_chosen(see: See, chosen: Sequence[int], logits: Tensor, places: list[int]) -> None:
+    see(logits, [chosen[i] for i in places])
+
+
 def _continued(
-    model: nn.Module, rows: Sequence[Sequence[int]], drawn: Tensor, progress: tqdm
+    model: nn.Module,
+    rows: Sequence[Sequence[int]],
+    drawn: Tensor,
+    progress: tqdm,
+    see: See | None,
 ) -> list[list[int]]:
     """What the model says after each row: `drawn [rows, tokens]` picks it.
 
@@ -131,8 +145,11 @@ def _continued(
         asked = drawn.gather(1, count.clamp(0, tokens - 1)[:, None])
         (picked,) = processes.from_first([_pick(out.logits[:, -1], asked.to(device)).cpu()])
         text[:, at] = torch.where(count < 0, text[:, at], picked)
-        progress.update(int(((count >= 0) & ~over).sum()))
-        ended = (count >= 0) & ~over & torch.isin(text[:, at], ends)
+        answering = (count >= 0) & ~over
+        if see is not None and answering.any():
+            see(out.logits[answering.to(device), -1], answering.nonzero()[:, 0].tolist())
+        progress.update(int(answering.sum()))
+        ended = answering & torch.isin(text[:, at], ends)
         progress.update(int((tokens - 1 - count)[ended].sum()))  # what they will not say
         over |= ended | (count + 1 >= tokens)
         at += 1

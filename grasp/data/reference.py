@@ -4,7 +4,7 @@
 
 Nobody labels the prompts: the tokens are continuations drawn from the base model, and, where there
 is one, from a plain fine-tune of it, which shows what drift looks like there. What is compared is
-the base model's distribution over the next token, kept from the moment the reference is made.
+the base model's distribution over the next token, kept from the moment that it was drawn by.
 """
 
 from collections.abc import Iterator, Sequence
@@ -47,10 +47,15 @@ class Reference:
         seed: int = 0,
         drifted: Sequence[Continued] = (),
     ):
-        continued = [
-            *draw(model, prompts, tokenizer, tokens=tokens, seed=seed),
-            *drifted,
-        ]
+        kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
+
+        def keep(logits: Tensor, rows: list[int]) -> None:
+            for i, *found in zip(rows, *_leading(logits.float().log_softmax(-1)), strict=True):
+                kept.setdefault(i, []).append(found)
+
+        continued = draw(model, prompts, tokenizer, tokens=tokens, seed=seed, see=keep)
+        own = [[torch.stack(parts) for parts in zip(*kept[i], strict=True)] for i in sorted(kept)]
+        continued += drifted
         self.batch = min(batch, len(continued))
         self.generator = torch.Generator().manual_seed(seed)
         padded = pad([{"input_ids": r, "labels": c} for r, c in continued])
@@ -59,8 +64,8 @@ class Reference:
         self.compared = (padded["labels"] >= 0).roll(-1, 1)
         self.compared[:, -1] = False
         with evaluating(model), resting(model), torch.no_grad():
-            kept = [self._distribution(model, [i]) for i in range(len(continued))]
-        self.top, self.base = ([k[n] for k in kept] for n in (0, 1))
+            own += [_leading(self._logs(model, [i])) for i in range(len(own), len(continued))]
+        self.top, self.base = (list(each) for each in zip(*own, strict=True))
 
     def divergence(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
         """Mean KL(base ‖ model) per token in nats, 0-d and differentiable, over some prompts."""
@@ -142,10 +147,11 @@ class Reference:
         compared = self.compared[rows, :longest].to(device)
         return logits[compared].float().log_softmax(-1)
 
-    def _distribution(self, model: nn.Module, rows: list[int]) -> tuple[Tensor, Tensor]:
-        logs = self._logs(model, rows)
-        values, top = logs.topk(min(TOP, logs.shape[1]), dim=1)
-        return top.cpu(), _with_rest(values, logs.shape[1]).cpu()
+
+def _leading(logs: Tensor) -> tuple[Tensor, Tensor]:
+    """Of log-probabilities `[n, vocabulary]` the largest, and which they are, on the CPU."""
+    values, top = logs.topk(min(TOP, logs.shape[1]), dim=1)
+    return top.cpu(), _with_rest(values, logs.shape[1]).cpu()
 
 
 def _with_rest(logs: Tensor, vocabulary: int) -> Tensor:

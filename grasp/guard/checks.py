@@ -2,7 +2,7 @@
 
 import warnings
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,6 @@ from torch import Tensor
 
 from grasp.guard.frozen import Frozen
 from grasp.guard.guarded import Guarded
-from grasp.guard.weights import Whole
 from grasp.model import Architecture, Trained
 
 if TYPE_CHECKING:
@@ -97,20 +96,6 @@ def refuse_late(asked: bool | None) -> None:
             "freeze_inputs=True came after the model was wrapped for several processes, which wait "
             "for gradients of all that asked for them then; freeze every lora_A before "
             "(requires_grad_(False)), or give GraspCallback to the Trainer when you make it"
-        )
-
-
-def refuse_free(weights: Iterable[Whole]) -> None:
-    """Refuse to leave few directions free where all that is blocked would have to be kept.
-
-    Raises:
-        ValueError: weights are split over processes.
-    """
-    if any(weight.split for weight in weights):
-        raise ValueError(
-            "free_rank is for one process or DDP: of weights that FSDP2 or DeepSpeed splits, what "
-            "is blocked has to be kept, which would be nearly all; leave it out and give read_rank "
-            "or freeze_inputs=True"
         )
 
 

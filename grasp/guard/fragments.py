@@ -83,7 +83,7 @@ class Fragment(Whole):
 
     @property
     def gradient(self) -> Tensor | None:
-        if self.at.flat is None or not self.zero.moves(self.at.flat):
+        if self.at.flat is None or not self.moves:
             return None
         gradient = self.zero.flats[self.at.flat].grad
         return None if gradient is None else self.of(gradient)
@@ -91,6 +91,10 @@ class Fragment(Whole):
     @property
     def stepped(self) -> Tensor:
         return self.trained.parameter if self.at.flat is None else self.zero.flats[self.at.flat]
+
+    @property
+    def moves(self) -> bool:
+        return self.zero.moves(self.at.flat)
 
     def follows(self) -> bool:
         """Whether the model's weight is what is trained in its place, rounded to its dtype."""

@@ -119,19 +119,14 @@ class Frozen:
 
 
 def frozen_of(
-    reading: Sequence[Trained],
-    weights: dict[tuple, Whole],
-    freeze: bool | None,
-    rank: int | None = None,
+    reading: Sequence[Trained], weights: dict[tuple, Whole], freeze: bool | None
 ) -> list[Frozen]:
     """Of what reads inputs, what is to be frozen.
 
     Args:
         reading: parameters that are kept off inputs.
         weights: all that are trained, by their keys, as they were remembered.
-        freeze: what was asked for; None leaves it to how large the bases would be, of weights that
-            are split over processes.
-        rank: largest k of a basis; None sets no limit.
+        freeze: what was asked for; None takes those that do not train as they are.
 
     Raises:
         ValueError: freezing was asked for, and one is no LoRA whose B is 0.
@@ -151,9 +146,7 @@ def frozen_of(
         if not fresh:
             return []
     already = all(not t.parameter.requires_grad for t in reading)
-    split = any(weight.split for weight in weights.values())
-    inputs = [(t.name, t.size, 1) for t in reading]
-    if not (already and freeze is not False) and not _wanted(freeze, inputs, rank, split):
+    if not freeze and (freeze is False or not already):
         return []
     return [
         Frozen(t, weights[t.key], weights[t.partner_key], t.parameter.requires_grad)
@@ -170,13 +163,12 @@ def few_for(
     """To how many free directions a matrix is kept, if nobody said and bases would be large.
 
     Args:
-        reading, weights, freeze, rank: as `frozen_of`.
+        reading, weights, freeze: as `frozen_of`.
+        rank: largest k of a basis; None sets no limit.
     """
     fresh = all(_is_fresh(t, weights) and t.parameter.requires_grad for t in reading)
     size = bytes_of([(t.name, t.size, 1) for t in reading], rank)
     if freeze is not None or size <= LARGE or not fresh:
-        return None
-    if any(weight.split for weight in weights.values()):
         return None
     warnings.warn(
         f"bases of inputs would take about {size / 2**30:.1f} GiB: of what is not blocked, {FREE} "
@@ -254,37 +246,12 @@ def init_lora_null(
     return {f.name: {"rank": f.rank, "share": f.share, "before": f.size} for f in frozen}
 
 
-def freeze_early(
-    model: nn.Module, freeze: bool | None, rank: int | None = None, split: bool = False
-) -> None:
-    """Freeze each LoRA's A before a trainer wraps the model, if `frozen_of` is to.
+def freeze_early(model: nn.Module, freeze: bool | None) -> None:
+    """Freeze each LoRA's A before a trainer wraps the model, if that is asked for.
 
     A wrapper for several processes waits for gradients of all that asks for them when it is made.
-
-    Args:
-        freeze, rank: as `frozen_of`.
-        split: whether weights will be split over processes.
     """
     factors = lora_factors(model)
-    fresh = all(B.is_meta or not bool(B.detach().any()) for _, _, B, _ in factors)
-    inputs = [(name, A.shape[-1], count) for name, A, _, count in factors]
-    if fresh and _wanted(freeze, inputs, rank, split):
+    if freeze and all(B.is_meta or not bool(B.detach().any()) for _, _, B, _ in factors):
         for _, A, _, _ in factors:
             A.requires_grad_(False)
-
-
-def _wanted(
-    freeze: bool | None, inputs: Sequence[tuple[str, int, int]], rank: int | None, split: bool
-) -> bool:
-    """Whether A is to be frozen; if nobody said so but for the bases' size, that is told."""
-    size = bytes_of(inputs, rank)
-    if freeze is not None or not split or size <= LARGE:
-        return bool(freeze)
-    warnings.warn(
-        f"bases of inputs would take about {size / 2**30:.1f} GiB in each process: each LoRA's A "
-        "is put off the inputs that are blocked, and B alone trains; such a LoRA wants r 16 or "
-        "more, and learns less. To train A too give freeze_inputs=False, or read_rank, the most "
-        "directions of a basis",
-        stacklevel=5,
-    )
-    return True

@@ -62,9 +62,7 @@ class Guard:
             grow, from `subspaces` or from nothing.
         freeze_inputs: put each LoRA's A off the inputs that are blocked, and train B alone: no
             basis of inputs is kept, nothing is projected on that side, and it holds under any
-            optimizer. Where the bases would take more than 1 GiB, None does so of weights that
-            FSDP2 or DeepSpeed splits, leaves 64 directions free of others (`free_rank`), and says
-            which.
+            optimizer. None does so where every A is frozen already.
         growth: with a reference, how: the arguments of `Growth` (read, rank, tokenizer, …).
 
     Raises:
@@ -316,16 +314,14 @@ class Guard:
     ) -> list[Frozen]:
         if self.growth is None or self.growth.read == 0:
             return []
-        size = found.reading(), weights, self.freeze_inputs, self.growth.read_rank
+        asked = found.reading(), weights, self.freeze_inputs
         self.growth.free_rank = self._free_rank
-        if self._free_rank is not None:
-            checks.refuse_free(weights.values())
-        frozen = frozen_of(*size) if state is None else frozen_as(*size[:2], Path(state))
+        frozen = frozen_of(*asked) if state is None else frozen_as(*asked[:2], Path(state))
         if state is None and any(f.asked for f in frozen) and sharding.is_wrapped(self.wrapped):
             checks.refuse_late(self.freeze_inputs)
             return []
         if not frozen and self._free_rank is None and state is None:
-            self.growth.free_rank = few_for(*size)
+            self.growth.free_rank = few_for(*asked, self.growth.read_rank)
         return frozen
 
     def _hook(self, found: Architecture) -> None:

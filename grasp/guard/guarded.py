@@ -124,8 +124,8 @@ class Guarded:
 
     @property
     def may_be_inside(self) -> bool:
-        """Whether W will do: nothing is pinned of a LoRA whose B began at 0, on one process."""
-        return self.partner is not None and self.weight.kept is None and not self.weight.split
+        """Whether W will do: nothing is pinned of a LoRA whose B began at 0."""
+        return self.partner is not None and self.weight.kept is None
 
     @property
     def blocked_basis(self) -> Tensor:
@@ -312,15 +312,14 @@ def averaged(guarded: Sequence[Guarded], shown: Callable[[Tensor], list[Tensor]]
 def _projector(
     pins: Sequence[Pin], tensors: Sequence[Tensor] | None, gradients: bool = False
 ) -> gk.Projector | Inside:
-    """Of pins on one side and weights of one kind; of gradients nothing is pinned."""
-    if pins[0].inside:
-        tensors = [pin.weight.local for pin in pins] if tensors is None else tensors
-        return Inside(tensors, [pin.basis for pin in pins], pins[0].side, gradients)
-    return pins[0].weight.projector(
-        [pin.weight for pin in pins],
+    """Of pins on one side and weights of one kind; of gradients and in W nothing is pinned."""
+    weights, inside = [pin.weight for pin in pins], pins[0].inside
+    off = weights[0].projector(
+        weights,
         tensors,
         [pin.basis for pin in pins],
-        None if gradients else [pin.C for pin in pins],
+        None if gradients or inside else [pin.C for pin in pins],
         pins[0].side,
         measure=gradients,
     )
+    return Inside(off, weights, tensors) if inside else off

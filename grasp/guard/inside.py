@@ -1,67 +1,56 @@
 """Projections onto what is left, where that is less than what is blocked.
 
-    right   T ← T W Wᵀ        left   T ← W Wᵀ T        W [d, p], V the rest: T V = 0
+    right   T ← T − (T − T W Wᵀ)      left   T ← T − (T − W Wᵀ T)      W [d, p], V the rest: T V = 0
 
-in fp32 whatever a run sets for its own products, since TF32 would round T out of W again.
+What goes is what the projector off W leaves of T, whatever kind of weight T is of.
 """
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from grasp_kernels.arguments import Side
-from grasp_kernels.autocast import set_aside
+from grasp.guard.weights import Whole
+
+
+class OffW(Protocol):
+    """What `Whole.projector` makes."""
+
+    def __call__(self, Ts: Sequence[Tensor] | None = None) -> None: ...
+
+    def energies(self) -> Tensor: ...
 
 
 class Inside:
-    """What `grasp_kernels.Projector` is for V, for W; products of `[r, d]` and `[d, p]` alone.
+    """What `grasp_kernels.Projector` is for V, for W.
 
     Args:
-        tensors: matrices, written in place. They may lie elsewhere at each call.
-        bases: `[d, p]` each, orthonormal. Those that are one tensor are multiplied with at once.
-        measure: add up the energies that `energies` returns.
+        off: the projector off W of the same weights and tensors, with nothing pinned.
+        weights: of one kind.
+        tensors: as long as what an optimizer holds for each; None for the weights themselves.
     """
 
-    def __init__(
-        self, tensors: Sequence[Tensor], bases: Sequence[Tensor], side: Side, measure: bool = False
-    ):
-        self.tensors, self.side, self.measure = tensors, side, measure
-        self._sums: Tensor | None = None
-        shared: dict[int, list[int]] = {}
-        for i, W in enumerate(bases):
-            shared.setdefault(id(W), []).append(i)
-        self._groups = [(bases[each[0]], each) for each in shared.values()]
+    def __init__(self, off: OffW, weights: Sequence[Whole], tensors: Sequence[Tensor] | None):
+        self.off, self.weights, self.tensors = off, list(weights), tensors
 
     @torch.no_grad()
-    @set_aside()
     def __call__(self, Ts: Sequence[Tensor] | None = None) -> None:
-        """Project the tensors it was made of, or `Ts` in their place."""
-        Ts = [T.detach() for T in (self.tensors if Ts is None else Ts)]
-        rows = Ts if self.side == "right" else [T.mT for T in Ts]
-        kept, coefficients = [rows[0]] * len(Ts), [rows[0]] * len(Ts)
-        for W, each in self._groups:
-            X = torch.cat([rows[i] for i in each])
-            X = X.to(torch.promote_types(X.dtype, torch.float32))
-            C = X @ W.to(X)
-            counts = [len(rows[i]) for i in each]
-            parts = zip(each, (C @ W.to(C).mT).split(counts), C.split(counts), strict=True)
-            for i, part, own in parts:
-                kept[i], coefficients[i] = part, own
-        if self.measure:
-            norms = torch._foreach_norm([T.float() for T in Ts]) + torch._foreach_norm(coefficients)
-            found = torch.stack([n.to(norms[0].device) for n in norms]).view(2, -1).mT
-            found = found if found.device.type == "mps" else found.double()  # which has no fp64
-            squares = found.square()
-            squares = torch.where(squares[:, :1].isfinite(), squares, 0)  # what overflowed is none
-            self._sums = squares if self._sums is None else self._sums + squares
-        for T, part in zip(rows, kept, strict=True):
-            T.copy_(part)
+        """Project the tensors it was made of, or what this process holds of others, `Ts`."""
+        if not self.weights[0].moves:
+            return
+        parts = [T.detach() for T in (self._parts() if Ts is None else Ts)]
+        before = [T.clone() for T in parts]
+        self.off(Ts)
+        torch._foreach_neg_(parts)
+        torch._foreach_add_(parts, before)
 
     def energies(self) -> Tensor:
         """Σ ‖T‖² and what of it was taken out `[n, 2]`, since the last time; fp64 on the CPU."""
-        count = sum(len(each) for _, each in self._groups)
-        sums = torch.zeros(count, 2) if self._sums is None else self._sums
-        self._sums = None
-        total, kept = sums.cpu().double().unbind(1)
+        total, kept = self.off.energies().unbind(1)
         return torch.stack([total, (total - kept).clamp_min(0)], 1)
+
+    def _parts(self) -> list[Tensor]:
+        if self.tensors is None:
+            return [w.local for w in self.weights]
+        return [w.of(T) for w, T in zip(self.weights, self.tensors, strict=True)]

@@ -50,6 +50,9 @@ class Sharded(Whole):
         gradient = self.trained.parameter.grad
         return None if gradient is None else sharding.local(gradient)
 
+    def of(self, T: Tensor) -> Tensor:
+        return sharding.local(T)
+
     def kind(self, side: Side) -> Hashable:
         dtype = torch.promote_types(self.trained.parameter.dtype, torch.float32)
         return Sharded, self.group and self.group.group_name, self.cut(side), dtype

@@ -59,10 +59,7 @@ class GraspCallback(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         loop = calling()
         if self.reference is not None and self.options.get("read") != 0 and model is not None:
-            trainer = loop and loop.trainer
-            split = trainer and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
-            asked = map(self.options.get, ("freeze_inputs", "read_rank"))
-            freeze_early(model, *asked, split=bool(split))
+            freeze_early(model, self.options.get("freeze_inputs"))
         if loop is not None:
             go_first(self, loop.trainer)
             release_at_the_end(self, loop.trainer)

@@ -59,6 +59,15 @@ class Whole:
         """What an optimizer holds for it."""
         return self.trained.parameter
 
+    @property
+    def moves(self) -> bool:
+        """Whether it may be written now."""
+        return True
+
+    def of(self, T: Tensor) -> Tensor:
+        """Of a tensor as long as `stepped` what lies as `local` does."""
+        return T
+
     def kind(self, side: Side) -> Hashable:
         """Equal for weights that one `projector` can take together, on this side."""
         return Whole

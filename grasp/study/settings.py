@@ -77,8 +77,7 @@ class Settings:
     free_rank: int | None = None
     """Most directions of inputs left to learn in, at random; None: 64 above 1 GiB of bases."""
     freeze_inputs: bool | None = None
-    """Put each LoRA's A off these inputs and train B alone; None does so above 1 GiB of bases that
-    several processes split."""
+    """Put each LoRA's A off these inputs and train B alone."""
     quick: bool | None = None
     """Look at the reference's own tokens alone; None is quick on a CPU."""
     rank: int = 4
