@@ -277,7 +277,7 @@ def test_moments_are_second_moments(monkeypatch, dtype):
     X = torch.nn.functional.normalize(torch.cat(rows).float(), dim=1).to(dtype).double()
     lower = moments.C.double().tril()
     torch.testing.assert_close(lower, (X.mT @ X).tril(), atol=1e-6, rtol=0)
-    assert moments.count == 12 and moments.held is None
+    assert moments.count == 12 and moments.total is None
 
 
 def test_rows_of_a_batch_are_of_one_length_and_none_is_lost():

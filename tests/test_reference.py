@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from transformers.cache_utils import DynamicLayer
 
 import grasp
 from grasp import Reference
+from grasp.data.room import Room
 from tests.models import FAMILIES, build, trainable, with_lora
 
 PROMPTS = [
@@ -51,6 +53,20 @@ def test_what_tokens_are_drawn_by_is_what_the_model_says_there(family):
             torch.testing.assert_close(
                 base[:, : top.shape[1]], logs.gather(1, top), atol=1e-4, rtol=0
             )
+
+
+def test_keys_and_values_grow_where_they_are():
+    generator = torch.Generator().manual_seed(0)
+    states = [torch.randn(2, 2, 3, n, 5, generator=generator) for n in (4, 1, 2)]
+    joined = DynamicLayer()
+    joined.update(*states[0])
+    layer = Room(joined, 7)
+    places = {T.data_ptr() for T in (layer.keys, layer.values)}
+    for K, V in states[1:]:
+        for found, expected in zip(layer.update(K, V), joined.update(K, V), strict=True):
+            assert torch.equal(found, expected)
+        assert layer.get_seq_length() == joined.get_seq_length()
+    assert places == {T.data_ptr() for T in (layer.keys, layer.values)}
 
 
 def test_is_the_mean_kl_over_continued_tokens():

@@ -22,7 +22,7 @@ from grasp_kernels.autocast import in_bf16
 from grasp_kernels.matrices import in_vectors
 
 HELD = 4096  # inputs of held-out prompts that are kept to judge by
-TOGETHER = 2048  # inputs that are added up at once
+TOGETHER = 1024  # inputs that are added up at once
 WIDEST = 4096  # d up to which all eigenvectors are found; above it three quarters or more is V
 NARROW = 1024  # d up to which they are found where few directions are to be left
 ROOM = 16  # of d one part is always left to learn in
@@ -44,21 +44,19 @@ class Moments:
         self.count = 0
         self._waiting: list[Tensor] = []
         self._held: list[Tensor] = []
-        self._kept = 0
 
     def add(self, x: Tensor, held: bool) -> None:
         """Take in rows `[tokens, d]` of any dtype; of 16 bits they keep as many at length 1."""
         dtype = x.dtype if x.dtype.itemsize == 2 else torch.float32
-        x = torch.nn.functional.normalize(x.to(self._C.device).float(), dim=1).to(dtype)
-        if held:
-            x = x[: HELD - self._kept]
-            self._kept += len(x)
-            self._held.append(x)
-            return
-        self.count += len(x)
-        self._waiting.append(x)
-        if sum(map(len, self._waiting)) >= TOGETHER:
-            self._add_up()
+        for part in x.split(TOGETHER):
+            part = torch.nn.functional.normalize(part.to(self._C.device).float(), dim=1).to(dtype)
+            if held:
+                self._held.append(part[: HELD - sum(map(len, self._held))])
+                continue
+            self.count += len(part)
+            self._waiting.append(part)
+            if sum(map(len, self._waiting)) >= TOGETHER:
+                self._add_up()
 
     @property
     def C(self) -> Tensor:
@@ -67,9 +65,14 @@ class Moments:
         return self._C
 
     @property
-    def held(self) -> Tensor | None:
-        """Held-out inputs `[tokens, d]`; None if there are none."""
-        return torch.cat(self._held).float() if self._kept else None
+    def total(self) -> float | None:
+        """Σ ‖x̂‖² of held-out inputs; None if there are none."""
+        return sum(float(x.float().square().sum()) for x in self._held) or None
+
+    def along(self, D: Tensor) -> Tensor:
+        """Σ (x̂ᵀ D)² `[m]` of held-out inputs, for the columns of `D [d, m]`."""
+        zero = D.new_zeros(D.shape[1])
+        return sum(((x.to(D.device).float() @ D).square().sum(0) for x in self._held), zero)
 
     def _add_up(self) -> None:
         if not self._waiting:
@@ -134,22 +137,21 @@ def choose(
         bottom: as many directions, but those of the least energy: a control.
         free: largest d − k: where more would be left, so many are drawn at random among them.
     """
-    C, held, d = moments.C, moments.held, len(moments.C)
-    if C.device.type == "mps":  # which has no eigh
-        C, held = C.cpu(), None if held is None else held.cpu()
+    C, d = moments.C, len(moments.C)
+    C = C.cpu() if C.device.type == "mps" else C  # which has no eigh
     found = None
     if rank is None and not bottom:
         if free is not None and d > max(NARROW, free):
-            found = _free(C, held, energy, free)
+            found = _free(C, moments, energy, free)
         if found is None and d > WIDEST:
-            found = _others(C, held, energy, moments.count)
+            found = _others(C, moments, energy)
     others = found is not None
-    D, inside, along = found or _leading(C, held, energy, rank, bottom)
+    D, inside, along = found or _leading(C, moments, energy, rank, bottom)
     if free is not None and free < (D.shape[1] if others else d - D.shape[1]):
-        D, inside, along = _few(C, held, D, others, free)
+        D, inside, along = _few(C, moments, D, others, free)
         others = True
     sample = inside / max(float(C.diagonal().sum()), TINY)
-    share = sample if held is None else along / float(held.square().sum())
+    share = along / moments.total if moments.total else sample
     if others:
         share, sample = 1 - share, 1 - sample
     D = in_vectors(D).to(moments.C.device)
@@ -157,7 +159,7 @@ def choose(
 
 
 def _few(
-    C: Tensor, held: Tensor | None, D: Tensor, others: bool, free: int
+    C: Tensor, moments: Moments, D: Tensor, others: bool, free: int
 ) -> tuple[Tensor, float, float]:
     """As `_leading` of W `[d, free]`: random directions off V, or of those that are left."""
     n = D.shape[1] if others else len(C)
@@ -170,17 +172,17 @@ def _few(
     W = torch.linalg.qr(drawn.double()).Q.to(C)  # once more at each step: A W Wᵀ is to keep ‖A‖
     lower = C.tril()
     inside = 2 * (W * (lower @ W)).sum() - (C.diagonal()[:, None] * W.square()).sum()
-    return W, float(inside), 0.0 if held is None else float((held @ W).square().sum())
+    return W, float(inside), float(moments.along(W).sum())
 
 
 def _leading(
-    C: Tensor, held: Tensor | None, energy: float, rank: int | None, bottom: bool
+    C: Tensor, moments: Moments, energy: float, rank: int | None, bottom: bool
 ) -> tuple[Tensor, float, float]:
     """V by way of all eigenvectors, tr(Vᵀ C V), and what V holds of what is held out."""
     values, vectors = torch.linalg.eigh(C)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     d = len(C)
-    each = values if held is None else (held @ vectors).square().sum(0)
+    each = moments.along(vectors) if moments.total else values
     total = float(each.sum())
     k = int((each.double().cumsum(0) < energy * total).sum()) + 1
     most = int((values > NOISE * values[0]).sum())
@@ -190,9 +192,7 @@ def _leading(
     return V, float(values[chosen].sum()), float(each[chosen].sum())
 
 
-def _others(
-    C: Tensor, held: Tensor | None, energy: float, count: int
-) -> tuple[Tensor, float, float] | None:
+def _others(C: Tensor, moments: Moments, energy: float) -> tuple[Tensor, float, float] | None:
     """As `_leading` of W, a quarter of the space at most; None if so few inputs leave more empty.
 
         (C + ε) Y = Ω [d, d/4],    Y = W R    ⇒    C W = (Ω − ε Y) R⁻¹
@@ -201,20 +201,20 @@ def _others(
     hold about as much of what is held out. ε, a thousandth of the mean eigenvalue, keeps it from
     telling apart what is nearly empty. Source: Halko et al., arXiv:0909.4061, 4.5.
     """
-    d = len(C)
+    d, count = len(C), moments.count
     most, ridge = d // 4, 1e-3 * float(C.diagonal().mean())
     if d - count > most or (found := _through_inverse(C, ridge, most)) is None:
         return None
     W, inside = found
-    each = inside if held is None else (held @ W).square().sum(0)
-    total = C.diagonal().sum() if held is None else held.square().sum()
-    few = int((each.double().cumsum(0) <= (1 - energy) * float(total)).sum())
+    each = moments.along(W) if moments.total else inside
+    total = moments.total or float(C.diagonal().sum())
+    few = int((each.double().cumsum(0) <= (1 - energy) * total).sum())
     m = max(d - count, -(-d // ROOM), few)
     return W[:, :m].contiguous(), float(inside[:m].sum()), float(each[:m].sum())
 
 
 def _free(
-    C: Tensor, held: Tensor | None, energy: float, free: int
+    C: Tensor, moments: Moments, energy: float, free: int
 ) -> tuple[Tensor, float, float] | None:
     """As `_leading` of W `[d, free]`; None if V would hold less than it is to.
 
@@ -227,8 +227,8 @@ def _free(
     if (found := _through_inverse(C, ridge, free)) is None:
         return None
     W, each = found
-    along = float(each.sum() if held is None else (held @ W).square().sum())
-    total = float(C.diagonal().sum() if held is None else held.square().sum())
+    along = float((moments.along(W) if moments.total else each).sum())
+    total = moments.total or float(C.diagonal().sum())
     return (W, float(each.sum()), along) if along <= (1 - energy) * total else None
 
 

@@ -131,6 +131,8 @@ def _continued(
     text = torch.zeros(len(rows), int(lengths.max()) + tokens, dtype=torch.long)
     for line, row in zip(text, rows, strict=True):
         line[: len(row)] = torch.tensor(row)
+    from grasp.data.room import give_room  # which loads transformers
+
     device, last = next(model.parameters()).device, _last_logits(model)
     ends, over = _ends(model), torch.zeros(len(rows), dtype=torch.bool)
     cache, ran, at = None, 0, int(lengths.min())
@@ -139,7 +141,8 @@ def _continued(
         out = model(input_ids=step, past_key_values=cache, use_cache=True, **last)
         if getattr(out, "logits", None) is None or out.logits.ndim != 3:
             raise _predicts_nothing(model)
-        cache = getattr(out, "past_key_values", None)
+        if cache is None and (cache := getattr(out, "past_key_values", None)) is not None:
+            give_room(cache, text.shape[1])
         ran = at if cache is not None else 0  # a model without such a cache reads all again
         count = at - lengths  # of each row's tokens that are drawn so far
         asked = drawn.gather(1, count.clamp(0, tokens - 1)[:, None])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from grasp.data.drawing import Continued, draw
+from grasp.data.prompts import tokenized
 from grasp.data.rows import pad
 from grasp.model import evaluating, resting
 
@@ -47,14 +48,10 @@ class Reference:
         seed: int = 0,
         drifted: Sequence[Continued] = (),
     ):
-        kept: dict[int, list[tuple[Tensor, Tensor]]] = {}
-
-        def keep(logits: Tensor, rows: list[int]) -> None:
-            for i, *found in zip(rows, *_leading(logits.float().log_softmax(-1)), strict=True):
-                kept.setdefault(i, []).append(found)
-
-        continued = draw(model, prompts, tokenizer, tokens=tokens, seed=seed, see=keep)
-        own = [[torch.stack(parts) for parts in zip(*kept[i], strict=True)] for i in sorted(kept)]
+        rows = tokenized(prompts, tokenizer)
+        leading = _Leading(len(rows), tokens)
+        continued = draw(model, rows, tokens=tokens, seed=seed, see=leading.keep)
+        own = leading.found()
         continued += drifted
         self.batch = min(batch, len(continued))
         self.generator = torch.Generator().manual_seed(seed)
@@ -146,6 +143,27 @@ class Reference:
         ).logits
         compared = self.compared[rows, :longest].to(device)
         return logits[compared].float().log_softmax(-1)
+
+
+class _Leading:
+    """What `_leading` gives of each prompt's tokens, in the order in which they are drawn."""
+
+    def __init__(self, prompts: int, tokens: int):
+        self.shape, self.counts = (prompts, tokens), [0] * prompts
+        self.all: list[Tensor] = []
+
+    def keep(self, logits: Tensor, prompts: list[int]) -> None:
+        found = _leading(logits.float().log_softmax(-1))
+        if not self.all:  # at once: what is kept piece by piece keeps a heap from shrinking
+            self.all = [T.new_empty(*self.shape, T.shape[1]) for T in found]
+        at = [self.counts[i] for i in prompts]
+        for kept, T in zip(self.all, found, strict=True):
+            kept[prompts, at] = T
+        for i in prompts:
+            self.counts[i] += 1
+
+    def found(self) -> list[list[Tensor]]:
+        return [[kept[i, :n] for kept in self.all] for i, n in enumerate(self.counts)]
 
 
 def _leading(logs: Tensor) -> tuple[Tensor, Tensor]:
