@@ -288,3 +288,13 @@ def test_rows_of_a_batch_are_of_one_length_and_none_is_lost():
     rows = sorted(tuple(r) for b in tokens.batches for r in b.ids.tolist())
     assert rows == sorted(tuple(whole) for _, whole in reference.rows())
     assert all(isinstance(b, Batch) and b.ids.shape[0] <= reads.ROWS for b in tokens.batches)
+
+
+def test_long_rows_are_of_few_lengths():
+    rows = [list(range(n)) for n in range(1, 200)]
+    batches = list(reads._batches(rows, held=False))
+    found = sorted(row for batch in batches for row in batch.ids.tolist())
+    assert len(found) == len(rows) and len({batch.ids.shape for batch in batches}) < 100
+    for row, whole in zip(sorted(found, key=len), rows, strict=True):
+        assert row == whole[: len(row)] and len(whole) - len(row) < reads.ALIKE
+        assert len(row) == len(whole) or len(whole) > reads.LONG

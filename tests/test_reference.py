@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 import grasp
 from grasp import Reference
-from grasp.data.room import Room
+from grasp.data.room import Room, give_room
 from tests.models import FAMILIES, build, trainable, with_lora
 
 PROMPTS = [
@@ -67,6 +67,9 @@ def test_keys_and_values_grow_where_they_are():
             assert torch.equal(found, expected)
         assert layer.get_seq_length() == joined.get_seq_length()
     assert places == {T.data_ptr() for T in (layer.keys, layer.values)}
+    cache = build()(input_ids=torch.tensor([PROMPTS[0]]), use_cache=True).past_key_values
+    give_room(cache, 9)
+    assert cache.layers and all(isinstance(layer, Room) for layer in cache.layers)
 
 
 def test_is_the_mean_kl_over_continued_tokens():

@@ -28,6 +28,8 @@ SHORT = 0.1  # of the energy: how much less than asked a basis may hold before i
 FEW = 32  # tokens: an expert that fewer are routed to is looked at as if it got all
 SILENT = 5  # seconds before a bar shows
 ROWS = 16  # run side by side
+ALIKE = 8  # tokens: long rows are as many times that, so that many run side by side
+LONG = 64  # tokens
 BUDGET = 2**30  # bytes of moments at a time
 
 
@@ -69,10 +71,15 @@ class Tokens:
 
 
 def _batches(rows: Sequence[Sequence[int]], held: bool) -> Iterator[Batch]:
-    """Rows of one length side by side, so that none is padded, in an order of no meaning."""
+    """Rows of one length side by side, so that none is padded, in an order of no meaning.
+
+    Of long ones the last few tokens are left out, so that few lengths differ: for each a processor
+    may lay its products out anew, and keep that.
+    """
     by_length: dict[int, list] = {}
     for row in rows:
-        by_length.setdefault(len(row), []).append(list(row))
+        length = len(row) - (len(row) % ALIKE if len(row) > LONG else 0)
+        by_length.setdefault(length, []).append(list(row[:length]))
     chunks = [same[i : i + ROWS] for same in by_length.values() for i in range(0, len(same), ROWS)]
     for i in torch.randperm(len(chunks), generator=torch.Generator().manual_seed(0)).tolist():
         yield Batch(torch.tensor(chunks[i]), held)
