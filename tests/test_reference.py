@@ -55,12 +55,13 @@ def test_what_tokens_are_drawn_by_is_what_the_model_says_there(family):
             )
 
 
+@torch.no_grad()
 def test_keys_and_values_grow_where_they_are():
     generator = torch.Generator().manual_seed(0)
     states = [torch.randn(2, 2, 3, n, 5, generator=generator) for n in (4, 1, 2)]
     joined = DynamicLayer()
     joined.update(*states[0])
-    layer = Room(joined, 7)
+    layer = Room(joined, [torch.empty(2, 3, 7, 5), torch.empty(2, 3, 7, 5)])
     places = {T.data_ptr() for T in (layer.keys, layer.values)}
     for K, V in states[1:]:
         for found, expected in zip(layer.update(K, V), joined.update(K, V), strict=True):

@@ -20,7 +20,7 @@ from grasp.model import evaluating, partitions, processes, resting, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 See = Callable[[Tensor, list[int]], None]
-KEPT = 2**31  # bytes of keys, values and logits of the prompts that run side by side, about
+KEPT = 2**30  # bytes of keys, values and logits of the prompts that run side by side, about
 MOST = 256  # of them
 SILENT = 5  # seconds before a bar shows
 
@@ -77,7 +77,7 @@ def _together(
     """Which rows run side by side: as many as there is room for, by the bytes that they take.
 
     Of like length, so that few steps only read a prompt. A step reads all weights, for few rows as
-    for many.
+    for many, so they are as many each time.
 
     Args:
         each, logits: bytes of a token's keys and values, and of a position's logits.
@@ -85,8 +85,10 @@ def _together(
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while waiting:
         longest = len(rows[waiting[0]]) + tokens
+        most = each * (len(rows[waiting[-1]]) + tokens) + logits
+        times = -(-len(waiting) * most // KEPT)
         chosen: list[int] = []
-        for i in waiting[:MOST]:
+        for i in waiting[: min(MOST, -(-len(waiting) // times))]:
             size = each * (len(rows[i]) + tokens) + logits
             if chosen and (len(rows[i]) > longest or size * (len(chosen) + 1) > KEPT):
                 break
