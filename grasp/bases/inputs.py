@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from grasp.bases.spectrum import InputBasis, Moments, choose
 from grasp.bases.stream import Batch, Stream
 from grasp.data import draw
-from grasp.model import Architecture, Matrix, processes
+from grasp.model import Architecture, Matrix, memory, processes
 
 Read = tuple[tuple[int, ...], Sequence[int]]  # a prompt's token ids, and with a continuation's
 HELD_OUT = 5  # of so many prompts one is held out
@@ -128,6 +128,7 @@ def input_bases(
             if basis.share < energy - SHORT and rank is None and not bottom:
                 short.append(f"{name} ({basis.share:.2f})")
             yield [m.name for m in matrices if owner[m.name] == name], basis
+        memory.give_back()
     _tell(short, len(set(owner.values())), energy)
     _tell_few(few)
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grasp.data.drawing import Continued, draw
 from grasp.data.prompts import tokenized
 from grasp.data.rows import pad
-from grasp.model import evaluating, resting
+from grasp.model import evaluating, memory, resting
 
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
 
@@ -51,6 +51,7 @@ class Reference:
         rows = tokenized(prompts, tokenizer)
         leading = _Leading(len(rows), tokens)
         continued = draw(model, rows, tokens=tokens, seed=seed, see=leading.keep)
+        memory.give_back()
         own = leading.found()
         continued += drifted
         self.batch = min(batch, len(continued))

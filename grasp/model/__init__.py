@@ -1,6 +1,6 @@
 """A decoder: what it is made of, how it is loaded, and the processes that train it."""
 
-from grasp.model import partitions, processes, sharding
+from grasp.model import memory, partitions, processes, sharding
 from grasp.model.architecture import (
     Architecture,
     Block,
@@ -30,6 +30,7 @@ __all__ = [
     "load_model",
     "lora_factors",
     "lora_update",
+    "memory",
     "partitions",
     "processes",
     "resting",
