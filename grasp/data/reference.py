@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from grasp.data.drawing import Continued, draw
 from grasp.data.prompts import tokenized
 from grasp.data.rows import pad
-from grasp.model import evaluating, memory, resting
+from grasp.model import evaluating, memory, processes, resting, sharding
 
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
 
@@ -49,6 +49,8 @@ class Reference:
         drifted: Sequence[Continued] = (),
     ):
         rows = tokenized(prompts, tokenizer)
+        if sharding.is_split(model):  # as `draw` does, with as many
+            rows = processes.object_from_first(rows)
         leading = _Leading(len(rows), tokens)
         continued = draw(model, rows, tokens=tokens, seed=seed, see=leading.keep)
         memory.give_back()
