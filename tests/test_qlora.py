@@ -36,7 +36,7 @@ def shares(adapter: Path) -> list[float]:
         for k, U in load_file(adapter.parent / "guard.safetensors").items()
     }
     with safe_open(adapter.parent / "guard_inputs.safetensors", framework="pt") as file:
-        for name, owner in json.loads(file.metadata()["same"]).items():
+        for name, owner in json.loads(file.metadata()["grasp_inputs"])["same"].items():
             bases[name] = file.get_tensor(owner)
     found = []
     for key, A in tensors.items():

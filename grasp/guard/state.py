@@ -187,16 +187,16 @@ def _save_inputs(guard: "Guard", path: Path) -> None:
         tensors = {g.name: g.basis.contiguous() for g in own}
         same = {g.name: owners[g.basis.data_ptr()] for g in inputs}
         about = {"same": same, "inside": [g.name for g in inputs if g.inside]}
-        about = {key: json.dumps(value) for key, value in about.items()}
-        write_bytes(path, serialised(tensors, metadata=about))
+        # One entry: of several the order is another each time, and every process writes the same.
+        write_bytes(path, serialised(tensors, metadata={"grasp_inputs": json.dumps(about)}))
     guard.inputs_file = path
 
 
 def _load_inputs(inputs: Sequence[Guarded], path: Path) -> None:
     try:
         with safe_open(path, framework="pt") as file:
-            about = file.metadata() or {}
-            same, inside = json.loads(about["same"]), json.loads(about["inside"])
+            about = json.loads((file.metadata() or {})["grasp_inputs"])
+            same, inside = about["same"], about["inside"]
             bases = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, KeyError, OSError) as error:
         raise ValueError(f"{path} holds no bases of inputs ({error})") from error
