@@ -71,9 +71,10 @@ class Growth:
             the reference that are held out, from 0 (none) up to 1.
         read_rank: largest k of such a basis; None sets no limit.
         free_rank: most directions of a matrix's inputs that are left to learn in. Where more would
-            be, so many are drawn at random among them and all others blocked, so that they are
-            what is kept, and not what is blocked: 64 take a hundredth of the memory in a large
-            model. None sets no limit.
+            be, so many are drawn at random among them and all others blocked (of inputs wider
+            than 1024, among those that hold little, without finding all that would be left), so
+            that they are what is kept, and not what is blocked: 64 take a hundredth of the memory
+            in a large model. None sets no limit.
         quick: look for them on the reference's own tokens alone. Else the model draws more, up to
             eight for each dimension of the widest input, while a basis holds less on held-out
             prompts than on its own. None is quick on a CPU.

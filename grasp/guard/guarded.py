@@ -163,7 +163,7 @@ class Guarded:
             return [own]
         side, start = self.trained.side, exact(self.weight.start())
         # Not `pinned`, as fp32 has it: a direction that carries little may be all of the other's.
-        carried = self.weight.whole(self.coefficients(start), side).double()
+        carried = exact(self.weight.whole(self.coefficients(start), side))
         U, S, _ = torch.linalg.svd(carried.mT if self.left else carried, full_matrices=False)
         Q = U[:, S > SHARE * float(self.weight.whole(start).norm())].to(self.device, torch.float32)
         pins = [own]
