@@ -280,6 +280,20 @@ def test_moments_are_second_moments(monkeypatch, dtype):
     assert moments.count == 12 and moments.total is None
 
 
+def test_a_factor_lies_where_second_moments_are_of_no_meaning():
+    generator = torch.Generator().manual_seed(0)
+    for d in (1, 5, 37):
+        X = torch.randn(3 * d, d, generator=generator)
+        C = X.mT @ X / len(X)
+        B = torch.randn(d, 3, generator=generator)
+        expected = torch.linalg.solve(C.double() + 0.1 * torch.eye(d).double(), B.double()).float()
+        own = C.tril()
+        torch.testing.assert_close(spectrum._factored(own, 0.1)(B), expected)
+        assert torch.equal(own.tril(), C.tril())
+        torch.testing.assert_close(spectrum._factored(own, 0.1)(B), expected)  # once more
+        assert spectrum._factored(-C.tril(), 0.0) is None
+
+
 def test_rows_of_a_batch_are_of_one_length_and_none_is_lost():
     model = build()
     mixed = [p[: 2 + i % 4] for i, p in enumerate(PROMPTS)]

@@ -11,9 +11,11 @@ which C is small, a quarter of the space at most: V holds the share that is aske
 So it is where few directions are to be left, of inputs that are not narrow.
 """
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ NARROW = 1024  # d up to which they are found where few directions are to be lef
 ROOM = 16  # of d one part is always left to learn in
 TINY = torch.finfo(torch.float32).tiny
 NOISE = 1e-6  # of the largest eigenvalue: what is below is rounding
-PANELS = 8  # of C are added to one at a time: it is symmetric, so what is above them is left out
+PANELS = 8  # of C, one at a time: it is symmetric, so what is above them is left out
 
 
 class Moments:
@@ -81,10 +83,13 @@ class Moments:
         self._waiting = []
         with in_bf16() if x.dtype == torch.bfloat16 else nullcontext():
             x = x.float()
-            for panel in torch.arange(len(self._C)).tensor_split(PANELS):
-                if len(panel):
-                    low, high = int(panel[0]), int(panel[-1]) + 1
-                    self._C[low:, low:high].addmm_(x[:, low:].mT, x[:, low:high])
+            for low, high in _panels(len(self._C)):
+                self._C[low:, low:high].addmm_(x[:, low:].mT, x[:, low:high])
+
+
+def _panels(d: int) -> list[tuple[int, int]]:
+    bounds = [d * i // PANELS for i in range(PANELS + 1)]
+    return [(low, high) for low, high in pairwise(bounds) if low < high]
 
 
 @dataclass(frozen=True)
@@ -235,17 +240,45 @@ def _free(
 def _through_inverse(C: Tensor, ridge: float, count: int) -> tuple[Tensor, Tensor] | None:
     """W = orth((C + ε)⁻¹ Ω) of a random `Ω [d, count]`, and diag(Wᵀ C W); None if that fails.
 
-    Of C, what is on and below the diagonal is read. One matrix of its size is made.
+    Of C, what is on and below the diagonal is read, and kept.
     """
-    d = len(C)
-    L = C.clone().mT  # whose columns lie as LAPACK wants them, so that it is factored where it is
-    L.diagonal().add_(ridge)
-    failed = torch.empty((), dtype=torch.int32, device=C.device)
-    torch.linalg.cholesky_ex(L, upper=True, out=(L, failed))
-    if bool(failed):
+    if (solve := _factored(C, ridge)) is None:
         return None
-    drawn = torch.randn(d, count, generator=torch.Generator().manual_seed(0)).to(C)
-    Y = torch.linalg.solve_triangular(L.mT, drawn, upper=False)
-    W, R = torch.linalg.qr(torch.linalg.solve_triangular(L, Y, upper=True))
+    drawn = torch.randn(len(C), count, generator=torch.Generator().manual_seed(0)).to(C)
+    W, R = torch.linalg.qr(solve(drawn))
     through = torch.linalg.solve_triangular(R, drawn, upper=True, left=False)  # (C + ε) W
     return W, ((W * through).sum(0) - ridge).clamp_min(0)
+
+
+def _factored(C: Tensor, ridge: float) -> Callable[[Tensor], Tensor] | None:
+    """Solves (C + ε) X = B; None if C + ε is not positive.
+
+        C + ε = Uᵀ U,    U_ii = chol(S_ii),  U_ij = U_ii⁻ᵀ S_ij,    S = C + ε − Σ_{h<i} U_hᵀ U_h
+
+    U lies above C's diagonal, where C is of no meaning, since a matrix of its own would be as large
+    as C: 3 GB for inputs of 28,000 numbers. Its blocks on the diagonal alone are beside it.
+    """
+    panels = _panels(len(C))
+    triangular = torch.linalg.solve_triangular
+    corners: list[Tensor] = []
+    for low, high in panels:
+        S = C[low:, low:high].mT.clone()
+        S[:, : high - low].diagonal().add_(ridge)
+        S.addmm_(C[:low, low:high].mT, C[:low, low:], alpha=-1)
+        corner, failed = torch.linalg.cholesky_ex(S[:, : high - low], upper=True)
+        if bool(failed):
+            return None
+        corners.append(corner)
+        C[low:high, high:] = triangular(corner.mT, S[:, high - low :], upper=False)
+
+    def solve(B: Tensor) -> Tensor:
+        X = B.clone()
+        for (low, high), corner in zip(panels, corners, strict=True):
+            X[low:high] -= C[:low, low:high].mT @ X[:low]
+            X[low:high] = triangular(corner.mT, X[low:high], upper=False)
+        for (low, high), corner in zip(reversed(panels), reversed(corners), strict=True):
+            X[low:high] -= C[low:high, high:] @ X[high:]
+            X[low:high] = triangular(corner, X[low:high], upper=True)
+        return X
+
+    return solve
