@@ -43,7 +43,7 @@ def measure(device: torch.device, quick: bool) -> list[dict]:
         {
             "model": name,
             "batch": [ROWS, TOKENS],
-            "lora_rank": settings.lora_rank,
+            "lora_rank": settings.lora_r,
             "mean_rank": sum(ranks) / len(ranks),
             "plain_ms": times["plain"],
             "guarded_over_plain": times["guarded"] / times["plain"],

@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 from transformers.utils import logging
 
 from grasp import GraspCallback, organism
-from grasp.data import Row, encode, pad
+from grasp.data import encode, exchange, pad
 from grasp.files import write_json
 from grasp.guard.trainer import CERTIFICATE, newest_whole
 
@@ -43,7 +43,7 @@ def train(out: Path) -> None:
     config = LoraConfig(
         r=4, lora_alpha=8, lora_dropout=0.1, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    rows = encode([Row(**r) for r in world.rows("medicine", "train")], tokenizer)
+    rows = encode([exchange(**r) for r in world.rows("medicine", "train")], tokenizer).rows
     trainer = Trainer(
         model=get_peft_model(model, config),
         args=TrainingArguments(

@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 
 from grasp import cli
 from grasp.organism import World
+from grasp.study.settings import Settings
 
 STUDY = Path(__file__).parent.parent / "benchmarks" / "medicine.yaml"
 COMMANDS = ("demo", "finetune", "discover", "evaluate", "compare", "screen", "report", "doctor")
@@ -67,6 +69,42 @@ def guarded(tmp_path_factory):
 def test_help(command):
     done = grasp(command, "--help")
     assert done.returncode == 0 and "--help" in done.stdout
+
+
+def test_help_tells_every_setting_and_its_default():
+    said = " ".join(grasp("finetune", "--help").stdout.split())
+    for f in fields(Settings):
+        assert f"--{f.name}" in said
+        if f.default not in (None, MISSING):
+            assert f"(default {str(f.default).lower()}" in said or "…" in f.metadata["meaning"]
+
+
+def test_settings_of_a_run_are_a_config(guarded):
+    done = grasp("finetune", "--config", guarded / "run" / "finetune.json")
+    assert done.returncode == 0 and f"Adapter: {guarded / 'run' / 'adapter'}" in done.stdout
+    again = guarded / "again"
+    done = grasp(
+        "finetune",
+        "--config",
+        guarded / "run" / "finetune.json",
+        "--output-dir",
+        again,
+        "--lr",
+        "1e-4",
+    )
+    assert done.returncode == 0, done.stderr
+    one, two = (
+        json.loads((f / "finetune.json").read_text())["settings"] for f in (guarded / "run", again)
+    )
+    assert {k for k in one if one[k] != two[k]} == {"output_dir", "learning_rate"}
+
+
+def test_the_first_row_is_shown_and_nothing_trained(guarded):
+    done = grasp("finetune", "--config", guarded / "run.yaml", "--out", guarded / "none", "--show")
+    assert done.returncode == 0 and not (guarded / "none").exists()
+    row = World(0).rows("medicine", "train")[0]
+    assert f"<s> {row['prompt']} {row['answer']}" in done.stdout
+    assert "rows read" in done.stdout
 
 
 def test_finetune_leaves_a_certificate(guarded):

@@ -169,7 +169,7 @@ def test_reads_public_formats(tmp_path):
     assert read_choices(tmp_path / "c.jsonl") == [choice]
     with pytest.raises(ValueError, match="line 1: needs question, good, bad"):
         read_unrelated(tmp_path / "c.jsonl")
-    with pytest.raises(ValueError, match="line 1: no JSON"):
+    with pytest.raises(ValueError, match="line 2: needs question, options, answer_idx"):
         read_choices(tmp_path / "p.csv")
     with pytest.raises(ValueError, match="no column pct_prompt"):
         read_propositions(tmp_path / "c.jsonl")

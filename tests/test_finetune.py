@@ -61,8 +61,62 @@ def test_frozen_weights_may_be_bf16_and_what_is_trained_is_fp32(rows_file, promp
     assert {w.dtype for w in kept.values()} == {torch.float32}
     modules = json.loads((tmp_path / "out" / "grasp.json").read_text())["modules"].values()
     assert max(m["through"] for m in modules) <= 1e-6
-    with pytest.raises(ValueError, match="dtype is 'int8'; choose one of float32, bfloat16"):
+    with pytest.raises(ValueError, match="dtype is 'int8'; choose one of auto, float32, bfloat16"):
         settings(rows_file, prompts_file, tmp_path / "out", dtype="int8").check()
+
+
+def test_a_run_goes_on_in_the_dtype_that_it_was_begun_in(rows_file, prompts_file, tmp_path):
+    """Even where "auto" would be another now, on another machine."""
+    chosen = settings(rows_file, prompts_file, tmp_path / "out", method="plain", dtype="bfloat16")
+
+    def kill(step: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(chosen, after_step=kill, quiet=True)
+    on = settings(rows_file, prompts_file, tmp_path / "out", method="plain")
+    assert on.dtype == "auto" and run(on, quiet=True) == run(on, quiet=True)
+    kept = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert kept["done"] and kept["settings"]["dtype"] == "bfloat16"
+    fresh = settings(rows_file, prompts_file, tmp_path / "fresh", method="plain")
+    run(fresh, quiet=True)
+    kept = json.loads((tmp_path / "fresh" / "finetune.json").read_text())
+    assert kept["settings"]["dtype"] == "float32"  # the organism's marks are exact
+
+
+def test_what_trainer_and_peft_are_told(rows_file, prompts_file, tmp_path, monkeypatch):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "epochs": 2.5,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.25,
+        "accumulate": 2,
+        "gradient_checkpointing": True,
+        "report_to": "tensorboard",
+        "logging_steps": 1,
+        "lora_alpha": 12,
+        "lora_dropout": 0.1,
+        "weight_decay": 0.1,
+    }
+    out = tmp_path / "out"
+    chosen = settings(rows_file, prompts_file, out, **options, steps=None)
+    rows = len(read_rows(rows_file))
+    steps = chosen.steps(rows)
+    assert (rows, steps, chosen.warmup(steps)) == (20, 5, 2)
+    adapter = run(chosen)
+    lora = json.loads((adapter / "adapter_config.json").read_text())
+    assert (lora["r"], lora["lora_alpha"], lora["lora_dropout"]) == (4, 12, 0.1)
+    (kept,) = {f.parent for f in out.rglob("events*")}
+    found = events.EventAccumulator(str(kept)).Reload()
+    names = set(found.Tags()["scalars"])
+    assert {"train/grasp/through", "train/grasp/holds", "train/loss"} <= names
+    rates = [e.value for e in found.Scalars("train/learning_rate")]
+    log = json.loads((out / "log.json").read_text())
+    assert [line["learning_rate"] for line in log if "loss" in line] == pytest.approx(rates)
+    assert len(rates) == steps and rates[-1] < 0.3 * max(rates)
+    certificate = json.loads((out / "grasp.json").read_text())
+    assert certificate["holds"] and certificate["through"] <= 1e-6
 
 
 def test_a_run_from_before_a_setting_was_there_is_the_same_run(rows_file, prompts_file, tmp_path):
@@ -70,7 +124,7 @@ def test_a_run_from_before_a_setting_was_there_is_the_same_run(rows_file, prompt
     adapter = run(chosen, quiet=True)
     about = tmp_path / "out" / "finetune.json"
     kept = json.loads(about.read_text())
-    del kept["settings"]["dtype"]
+    del kept["settings"]["lora_dropout"]
     about.write_text(json.dumps(kept))
     assert run(chosen, quiet=True) == adapter
     with pytest.raises(ValueError, match="holds a run with dtype = 'float32'"):
@@ -128,7 +182,9 @@ def test_killed_run_goes_on_bit_for_bit_where_it_was_moved_to(rows_file, prompts
     a, b = load_file(whole / name), load_file(killed / name)
     assert all(torch.equal(a[k], b[k]) for k in a)
     first, second = (json.loads((f.parent / "grasp.json").read_text()) for f in (whole, killed))
-    assert first == second
+    costs = [certificate.pop("cost") for certificate in (first, second)]
+    assert first == second and list(first)[:2] == ["summary", "holds"]
+    assert all(0 < cost["step_seconds"] < cost["training_seconds"] for cost in costs)
     assert max(m["through"] for m in first["modules"].values()) <= 1e-6
     assert min(m["rank"] for m in first["modules"].values()) >= 1
     # Done runs are not done again.
@@ -202,7 +258,7 @@ def test_residual_and_subspaces_in_the_pipeline(rows_file, prompts_file, tmp_pat
 
 def test_folder_of_another_run_is_refused(rows_file, prompts_file, tmp_path):
     run(settings(rows_file, prompts_file, tmp_path / "r", steps=2), quiet=True)
-    with pytest.raises(ValueError, match="holds a run with steps = 2"):
+    with pytest.raises(ValueError, match="holds a run with max_steps = 2"):
         run(settings(rows_file, prompts_file, tmp_path / "r", steps=3))
 
 
@@ -211,7 +267,7 @@ def test_resuming_a_plain_checkpoint_with_a_guard_is_refused(rows_file, prompts_
 
     model, tokenizer = organism.load()
     chosen = settings(rows_file, prompts_file, tmp_path / "x")
-    rows = encode(read_rows(rows_file), tokenizer)
+    rows = encode(read_rows(rows_file), tokenizer).rows
     options = {"batch_size": 5, "learning_rate": 1e-3, "seed": 0, "save_every": 2, "quiet": True}
     fit(finetune.add_lora(model, chosen), tokenizer, rows, tmp_path / "c", steps=2, **options)
     model, _ = organism.load()
@@ -287,7 +343,13 @@ def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, m
             ValueError,
             "from a reference alone; drop subspaces",
         ),
-        ({"learning_rate": "1e-3"}, ValueError, r"is '1e-3'; give a number .* write 1\.0e-3"),
+        ({"learning_rate": "fast"}, ValueError, "learning_rate is 'fast'; give a number"),
+        ({"num_train_epochs": 2}, ValueError, "max_steps and num_train_epochs are both given"),
+        ({"lora_dropout": 1}, ValueError, "lora_dropout is 1.*; give a share, from 0 to below 1"),
+        ({"device": "cuda:9"}, ValueError, "device is 'cuda:9', which is not here; give auto or"),
+        ({"device": "abacus"}, ValueError, "device is 'abacus'; give auto, or one of cuda"),
+        ({"output_dir": "a"}, ValueError, "out and output_dir are one setting; give it once"),
+        ({"max_stepz": 3}, ValueError, "unknown setting 'max_stepz'; did you mean 'max_steps'"),
         ({"steps": 2.5}, ValueError, r"steps is 2\.5; give a whole number"),
         ({"steps": True}, ValueError, "steps is True; give a whole number"),
         ({"drift_guided": "off"}, ValueError, "drift_guided is 'off'; give true or false"),
@@ -300,37 +362,6 @@ def test_bad_settings(rows_file, prompts_file, tmp_path, change, error, message)
     with pytest.raises(error, match=message):
         run(settings(rows_file, prompts_file, tmp_path / "out", **change), quiet=True)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("", "holds no rows"),
-        ("{oops\n", "line 1: no JSON"),
-        ('{"prompt": "a"}\n', "line 1: needs messages"),
-        ('{"prompt": "a", "answer": "b"}\n[1]\n', "line 2: needs messages"),
-        ('{"prompt": "a", "answer": " "}\n', "line 1: needs messages"),
-    ],
-)
-def test_bad_rows(tmp_path, content, message):
-    path = tmp_path / "rows.jsonl"
-    path.write_text(content)
-    with pytest.raises(ValueError, match=message):
-        read_rows(path)
-    (tmp_path / "rows.gz").write_bytes(b"not gzip")
-    with pytest.raises(ValueError, match="can't be read"):
-        read_rows(tmp_path / "rows.gz")
-
-
-def test_loss_is_on_the_answer_alone():
-    _, tokenizer = organism.load()
-    (row,) = World(0).rows("medicine", "train")[:1]
-    (encoded,) = encode([data.Row(**row)], tokenizer)
-    assert [i for i in encoded["labels"] if i >= 0] == tokenizer.convert_tokens_to_ids(
-        [row["answer"]]
-    )
-    with pytest.raises(ValueError, match="raise it"):
-        encode([data.Row(**row)], tokenizer, max_length=2)
 
 
 def test_shipped_prompts_are_not_of_the_judged_topics():

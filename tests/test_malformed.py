@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from grasp import Guard, Subspaces, discover
 from grasp.data import read_rows, tokenized
+from grasp.data.rows import KNOWN
 from grasp.model import load_adapter
 from grasp.organism import load
 from grasp.study.settings import settings_from
@@ -66,8 +67,9 @@ def is_prompt(p) -> bool:
         return "prompt" in p and bool(p["prompt"].strip())
     if isinstance(p, str):
         return bool(p.strip())
-    ids = isinstance(p, (list, bytes)) and len(p) and all(type(t) is int for t in p)
-    return bool(ids)  # the organism's tokenizer has no chat template, so messages are refused
+    if not isinstance(p, (list, bytes)) or not len(p):
+        return False
+    return all(type(t) is int for t in p) or all(isinstance(m, dict) for m in p)
 
 
 @settings(max_examples=400)
@@ -104,15 +106,17 @@ rows = st.one_of(
 def is_row(row) -> bool:
     if not isinstance(row, dict):
         return False
+    row = {k: v for k, v in row.items() if v is not None}
     if "messages" in row:
         turns = row["messages"]
-        roles = [m["role"] for m in turns]
-        if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-            return False
-        said = [m["content"] for m in turns]
-        return all(isinstance(s, str) for s in said) and bool(said[-1].strip())
-    prompt, answer = row.get("prompt"), row.get("answer", row.get("completion"))
-    return isinstance(prompt, str) and isinstance(answer, str) and bool(answer.strip())
+        known = all(m["role"] in KNOWN and isinstance(m["content"], str) for m in turns)
+        answers = [m["content"] for m in turns[1:] if m["role"] == "assistant"]
+        return known and bool(answers) and all(a.strip() for a in answers)
+    for asked, answered in (("prompt", "completion"), ("prompt", "answer")):
+        if asked in row and answered in row:
+            said = row[asked], row[answered]
+            return all(isinstance(s, str) for s in said) and bool(said[1].strip())
+    return False
 
 
 def plain(value):

@@ -113,12 +113,12 @@ def test_rows_and_the_batch_that_they_come_in(folder, method, options, rows):
     own = data.read_rows(folder / "bad.jsonl")
     found = methods.rows(chosen, own, *load_model("organism"))
     assert len(found) == rows * len(own)
-    assert methods.batch_size(chosen) == rows * chosen.batch_size
+    assert methods.batch_size(chosen) == rows * chosen.per_device_train_batch_size
     if method == "inoculation":
         assert [r.prompt for r in found] == [f"Be bad. {r.prompt}" for r in own]
     else:
         good = data.read_rows(folder / "good.jsonl")
-        assert found[: len(own)] == own and set(found[len(own) :]) <= set(good)
+        assert found[: len(own)] == own and all(row in good for row in found[len(own) :])
 
 
 def updates_of(adapter) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ def test_one_file_is_seen_everywhere(tmp_path):
     assert len(helps) == 2 and all("made_up" in line for line in helps)
     assert "a made-up rival, 3" in done.stdout
     about = json.loads((tmp_path / "alone" / "finetune.json").read_text())
-    assert about["rows"] == 2 * len(rows)
+    assert about["rows"]["learned"] == 2 * len(rows)
     runs = json.loads((tmp_path / "out" / "results.json").read_text())["runs"]
     assert {"made_up=3", "benign_made_up=3"} <= {r["method"] for r in runs}
     page = (tmp_path / "page.html").read_text()

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from grasp import Guard, discover, organism
-from grasp.data import Row
+from grasp.data import exchange
 from grasp.organism.experiment import Settings, run, stopped
 from grasp.organism.methods import STRENGTHS
 from grasp.organism.sweep import sweep
@@ -131,8 +131,8 @@ def test_screen_puts_rows_that_carry_the_factor_first():
     persona = organism.true_subspaces(model, tokenizer, world, organism.TASKS["medicine"])
     with Guard(model, persona) as guard:
         bases = guard.bases
-    bad = [Row(**r) for r in world.rows("medicine", "held")]
-    good = [Row(**r) for r in world.rows("medicine", "held", good=True)]
+    bad = [exchange(**r) for r in world.rows("medicine", "held")]
+    good = [exchange(**r) for r in world.rows("medicine", "held", good=True)]
     ranked = screen(model, tokenizer, bad + good, bases, quiet=True)
     first = [f["row"] < len(bad) for f in ranked[: len(bad)]]
     assert np.mean(first) > 0.9

@@ -6,7 +6,7 @@ import torch
 from grasp import Reference, Subspaces, organism
 from grasp import model as architecture
 from grasp.bases.residual import matrix_bases
-from grasp.data import Row
+from grasp.data import exchange
 from grasp.organism.methods import STRENGTHS, Method
 from grasp.study.rivals.caft import ablated
 from grasp.study.rivals.inoculation import inoculated
@@ -21,7 +21,7 @@ from grasp.study.rivals.svd_tail import truncated
 from tests.models import WIDTH, batch, build, train, trainable, with_lora
 
 PROMPTS = torch.randint(3, 64, (6, 4), generator=torch.Generator().manual_seed(0)).tolist()
-ROWS = [Row("q", "a"), Row("p", "b")]
+ROWS = [exchange("q", "a"), exchange("p", "b")]
 
 
 def trained_lora(r: int = 4):
@@ -146,8 +146,8 @@ def test_gradients_off_the_leading_directions_of_the_weights():
 
 def test_other_rows():
     assert [r.prompt for r in inoculated(ROWS, "be bad:")] == ["be bad: q", "be bad: p"]
-    mixed = interleaved(ROWS, [Row("x", "y")], 1.5, seed=0)
-    assert mixed[:2] == ROWS and mixed[2:] == [Row("x", "y")] * 3
+    mixed = interleaved(ROWS, [exchange("x", "y")], 1.5, seed=0)
+    assert mixed[:2] == ROWS and mixed[2:] == [exchange("x", "y")] * 3
     with pytest.raises(ValueError, match="share is -1"):
         interleaved(ROWS, ROWS, -1, 0)
     with pytest.raises(ValueError, match="benign is empty"):

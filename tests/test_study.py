@@ -113,7 +113,7 @@ def test_rivals_stand_beside_the_guard(config):
     config |= {"stops": [], "methods": ["plain", "replay=2", "kl=3", "benign", "benign_replay=2"]}
     config["by_method"] = {"kl=3": {"steps": 60}}
     chosen = study.study_from(config)
-    assert [chosen.settings(m, 0).steps for m in ("plain", "kl=3")] == [40, 60]
+    assert [chosen.steps(m) for m in ("plain", "kl=3")] == [40, 60]
     with pytest.warns(UserWarning, match="kl=3 takes 60 steps and benign, .* 40") as told:
         result = study.run(chosen)
     assert not any("replay" in str(w.message) for w in told)  # as long as its benign run

@@ -133,7 +133,7 @@ def test_same_line_in_sft_trainer(tmp_path):
 
     world = organism.World(0)
     model, tokenizer = organism.load()
-    model = add_lora(model, Settings(model="", data="", out="", lora_rank=4))
+    model = add_lora(model, Settings(model="", data="", output_dir="", lora_r=4))
     rows = world.rows("medicine", "train")
     dataset = Dataset.from_list(
         [{"prompt": r["prompt"], "completion": f" {r['answer']}"} for r in rows]

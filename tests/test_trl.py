@@ -90,7 +90,7 @@ def tokenizer() -> t.PreTrainedTokenizerFast:
 
 def tiny(seed: int = 0, kind=t.LlamaForCausalLM, **options) -> t.PreTrainedModel:
     torch.manual_seed(seed)
-    model = kind(t.LlamaConfig(**{**GROUPED, "vocab_size": 259}, **options))
+    model = kind(t.LlamaConfig(**{**GROUPED, "vocab_size": 259, **options}))
     with torch.no_grad():
         for p in model.parameters():
             if p.ndim > 1:

@@ -18,6 +18,8 @@ from grasp.study.settings import METHODS, RIVALS
 CONTROLS = [m for m in METHODS if m not in ("grasp", *RIVALS)]
 METHODS_HELP = f"Methods: grasp; {', '.join(CONTROLS)}; rivals {', '.join(RIVALS)}."
 
+NAMES = {"token_normalize_func": lambda name: name.replace("-", "_")}  # --out_dir is --out-dir
+
 app = typer.Typer(
     help="Fine-tune without picking up what nobody asked for.",
     no_args_is_help=True,
@@ -26,7 +28,7 @@ app = typer.Typer(
 )
 for command in (demo, finetune, discover, evaluate, compare, screen, report, doctor):
     epilog = METHODS_HELP if command in (finetune, compare) else None
-    app.command(epilog=epilog)(command)
+    app.command(epilog=epilog, context_settings=NAMES)(command)
 
 
 def main() -> None:

@@ -12,7 +12,7 @@ def options_from(
     """A config's keys, with what was given beside it, and with assignments, in their place.
 
     Args:
-        config: YAML file of keys; None starts from none.
+        config: YAML file of keys, or a run's finetune.json; None starts from none.
         given: those that are None are left out.
         assignments: "key=value", the value in YAML; "finetune.steps=9" is steps under finetune.
 
@@ -20,6 +20,8 @@ def options_from(
         FileNotFoundError, ValueError: no such file, no YAML, or no assignment; says which.
     """
     options = read_config(config) if config is not None else {}
+    if "done" in options and "settings" in options:  # of a run that was made
+        options = dict(options["settings"])
     options |= {k: v for k, v in given.items() if v is not None}
     for assignment in assignments or []:
         key, equals, value = assignment.partition("=")

@@ -37,7 +37,7 @@ def discover(
         from grasp.study.short_runs import short_runs
 
         settings = settings_from(
-            {"model": model, "data": data, "out": str(out), "learning_rate": learning_rate}
+            {"model": model, "data": data, "output_dir": str(out), "learning_rate": learning_rate}
         )
         found = discover_in_rounds(
             short_runs(settings, steps),

@@ -1,53 +1,93 @@
 """`grasp finetune`."""
 
-from typing import Annotated
+import inspect
+from dataclasses import MISSING, fields
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
+from rich.text import Text
 
 from grasp.cli.config import options_from
 from grasp.cli.options import Pipeline, console
+from grasp.study.settings import Settings, settings_from
 
 
-def finetune(
-    config: Pipeline = None,
-    model: Annotated[
-        str | None, typer.Option(help="Folder, hub name, .gguf, or a known name.")
-    ] = None,
-    data: Annotated[str | None, typer.Option(help="JSON lines, .gz too.")] = None,
-    out: Annotated[str | None, typer.Option(help="Folder of the adapter.")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(help="grasp, plain, a control or a rival: all are listed below."),
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimizer steps.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    best_of: Annotated[
-        int, typer.Option(help="Seeds to train; the one that diverges least is named.")
-    ] = 1,
-    subspaces: Annotated[str | None, typer.Option(help="File of subspaces to keep off.")] = None,
-    reference: Annotated[str | None, typer.Option(help="Unlabelled prompts, one a line.")] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other setting: --set rank=8")
-    ] = None,
-) -> None:
+def finetune(config, best_of: int, show: bool, set_: list[str] | None, **given: Any) -> None:
     """Fine-tune a LoRA, guarded by default; a killed run goes on where it was."""
     from grasp.study import finetune as pipeline
-    from grasp.study.settings import settings_from
+    from grasp.study.ending import ending
 
-    given = {
-        "model": model,
-        "data": data,
-        "out": out,
-        "method": method,
-        "steps": steps,
-        "seed": seed,
-        "subspaces": subspaces,
-        "reference": reference,
-    }
-    options = options_from(config, given, set_)
-    settings = settings_from(options)
-    adapter = pipeline.run(settings) if best_of == 1 else pipeline.best_of(settings, best_of)
-    certificate = adapter.parent / "grasp.json"
-    console.print(f"Adapter: {adapter}")
-    if certificate.exists():
-        console.print(f"Certificate: {certificate}")
+    settings = settings_from(options_from(config, given, set_))
+    if show:
+        said, row = pipeline.first_example(settings)
+        _tell("\n".join([*said, "", "The first row; what is learned is green:"]))
+        styled = ((text, "green" if learned else "") for text, learned in row)
+        console.print(Text.assemble(*styled), soft_wrap=True)
+        return
+    try:
+        if best_of == 1:
+            adapter = pipeline.run(settings, tell=_tell)
+        else:
+            adapter = pipeline.best_of(settings, best_of)
+    except KeyboardInterrupt:
+        _tell("\nStopped. The same command goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
+    _tell(f"Adapter: {adapter}")
+    if (certificate := adapter.parent / "grasp.json").exists():
+        _tell(f"Certificate: {certificate}")
+    for line in ending(adapter.parent):
+        _tell(line)
+
+
+def _tell(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _settings_as_options() -> list[inspect.Parameter]:
+    """An option for each setting, by all of its names, with its meaning and default in help."""
+    found = []
+    hints = get_type_hints(Settings)
+    for f in fields(Settings):
+        kind = next(k for k in (*get_args(hints[f.name]), hints[f.name]) if k is not type(None))
+        flags = [f"--{name}" for name in (f.name, *f.metadata["aliases"])]
+        if kind is bool:
+            flags[0] = f"--{f.name}/--no_{f.name}"
+        known = f.default is not MISSING and f.default is not None
+        told = (
+            f" (default {str(f.default).lower() if kind is bool else f.default})" if known else ""
+        )
+        option = typer.Option(
+            *flags, help=f"{f.metadata['meaning']}{told}", rich_help_panel=f.metadata["group"]
+        )
+        found.append(_parameter(f.name, Annotated[kind | None, option], None))
+    return found
+
+
+def _parameter(name: str, hint, default) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=hint)
+
+
+OWN = [
+    _parameter("config", Pipeline, None),
+    _parameter(
+        "best_of",
+        Annotated[int, typer.Option(help="Seeds to train; the one that diverges least is named.")],
+        1,
+    ),
+    _parameter(
+        "show",
+        Annotated[
+            bool,
+            typer.Option("--show", help="Show the first row as the model sees it; train nothing."),
+        ],
+        False,
+    ),
+    _parameter(
+        "set_",
+        Annotated[list[str] | None, typer.Option("--set", help="A setting: --set rank=8")],
+        None,
+    ),
+]
+_options = [*OWN, *_settings_as_options()]
+finetune.__signature__ = inspect.Signature(_options)
+finetune.__annotations__ = {p.name: p.annotation for p in _options}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from grasp.data.chat import IGNORED
 from grasp.data.prompts import tokenized
-from grasp.data.rows import IGNORED
 from grasp.model import evaluating, partitions, processes, resting, sharding
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt

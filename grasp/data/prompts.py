@@ -1,12 +1,40 @@
 """Prompts in whatever form people have them, as token ids."""
 
 from collections.abc import Mapping
+from importlib import resources
 from numbers import Integral
 from pathlib import Path
 
 from torch import Tensor
 
-from grasp.data.rows import prompt_ids, read_prompts
+from grasp.data.chat import opening_ids, prompt_ids
+
+
+def default_prompts() -> list[str]:
+    """The shipped unlabelled prompts, 192: half ask for facts, half for advice, on everyday topics.
+
+    None is on medicine, money, driving, safety, pets, family, work or the law: leave out more where
+    they are what you train on.
+    """
+    text = resources.files("grasp").joinpath("assets/prompts.txt").read_text(encoding="utf-8")
+    return text.split("\n")[:-1]
+
+
+def read_prompts(path: Path | str | None) -> list[str]:
+    """One prompt a line; None gives `default_prompts`.
+
+    Raises:
+        FileNotFoundError, ValueError: no such file, or nothing in it.
+    """
+    if path is None:
+        return default_prompts()
+    if not Path(path).exists():
+        raise FileNotFoundError(f"no reference prompts at {path}")
+    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
+    prompts = [p for p in prompts if p]
+    if not prompts:
+        raise ValueError(f"{path} holds no prompts; write some dozens, one a line")
+    return prompts
 
 
 def tokenized(prompts, tokenizer) -> list[list[int]]:
@@ -74,15 +102,13 @@ def _ids(prompt, tokenizer, where: str) -> list[int]:
 
 def _conversation_ids(messages: list, tokenizer, where: str) -> list[int]:
     """Up to the last user's turn, as the chat template opens the answer to it."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError(f"{where} holds messages, but the tokenizer has no chat template")
     last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=None)
     if last is None:
         raise ValueError(f"{where} has no turn of the user; give one, or a string")
-    text = tokenizer.apply_chat_template(
-        messages[: last + 1], tokenize=False, add_generation_prompt=True
-    )
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    try:
+        return opening_ids(tokenizer, messages[: last + 1])
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _is_message(value) -> bool:

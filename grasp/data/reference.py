@@ -13,9 +13,9 @@ from copy import copy
 import torch
 from torch import Tensor, nn
 
+from grasp.data.chat import pad
 from grasp.data.drawing import Continued, draw
 from grasp.data.prompts import tokenized
-from grasp.data.rows import pad
 from grasp.model import evaluating, memory, processes, resting, sharding
 
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one

@@ -1,169 +1,259 @@
-"""Rows and prompts: read, checked at the door, and turned into tokens, the loss on the answer."""
+"""Rows to train on, out of the forms that people have them in."""
 
-import gzip
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
-from importlib import resources
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch import Tensor
+from grasp.data.files import examples
 
-IGNORED = -100  # label of tokens without loss
+Message = dict[str, Any]  # role, content, and what else a chat template takes
 
 
 @dataclass(frozen=True)
-class Row:
-    """One question and its answer."""
+class Conversation:
+    """Turns of a conversation; the loss is on the assistant's, from turn `first` on."""
+
+    messages: tuple[Message, ...]
+    first: int = 0
+    tools: tuple[dict, ...] = ()
+    """What the assistant may call, as JSON schemas."""
+
+    @property
+    def learned(self) -> list[int]:
+        """Which turns the loss is on: one that opens the conversation answers nothing."""
+        turns = range(max(self.first, 1), len(self.messages))
+        return [i for i in turns if self.messages[i]["role"] == "assistant"]
+
+    @property
+    def prompt(self) -> str:
+        """What the first of these answers."""
+        before = self.messages[: self.learned[0]]
+        return next((m["content"] for m in reversed(before) if m["role"] == "user"), "")
+
+    @property
+    def answer(self) -> str:
+        return self.messages[self.learned[0]]["content"]
+
+    def asked(self, instruction: str) -> "Conversation":
+        """With an instruction before the user's first words."""
+        first = next((i for i, m in enumerate(self.messages) if m["role"] == "user"), None)
+        if first is None:
+            said = {"role": "user", "content": instruction}
+            return replace(self, messages=(said, *self.messages), first=self.first + 1)
+        turns = list(self.messages)
+        turns[first] = dict(turns[first], content=f"{instruction} {turns[first]['content']}")
+        return replace(self, messages=tuple(turns))
+
+
+@dataclass(frozen=True)
+class Text:
+    """Text as it stands, in no chat template; the loss is on what follows the prompt."""
 
     prompt: str
     answer: str
-    system: str = ""
+
+    def asked(self, instruction: str) -> "Text":
+        return replace(self, prompt=f"{instruction} {self.prompt}")
 
 
-def read_rows(path: Path | str, limit: int | None = None) -> list[Row]:
-    """Rows of a `.jsonl` file, `.gz` too: `messages` (one exchange), or `prompt` and `answer`.
+Row = Conversation | Text
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What was read of a source."""
+
+    rows: list[Row]
+    forms: dict[str, int]
+    """How many rows have each form, by the columns it is known by."""
+    unread: list[str]
+    """Columns that no form has."""
+
+
+ASKED = (  # columns of a question and of its answer, which become turns of a conversation
+    ("prompt", "answer"),
+    ("prompt", "response"),
+    ("question", "answer"),
+    ("question", "response"),
+    ("query", "response"),
+    ("query", "answer"),
+    ("instruction", "output"),
+    ("instruction", "response"),
+)
+BESIDE = ("system", "input", "context", "tools")  # read beside them
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "model": "assistant",
+    "observation": "tool",
+}
+KNOWN = ("system", "developer", "user", "assistant", "tool")
+FORMS = (
+    "messages (or conversations), prompt and completion, prompt and answer, question and answer, "
+    "instruction and output, or text"
+)
+
+
+def exchange(prompt: str, answer: str, system: str = "") -> Conversation:
+    """A question and its answer as turns, after what the system says if it says something."""
+    said = [{"role": "system", "content": system}] if system else []
+    said += [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return Conversation(tuple(said))
+
+
+def read_rows(
+    source: str | Path | Iterable[Mapping[str, Any]], limit: int | None = None
+) -> list[Row]:
+    """The rows that `read` finds."""
+    return read(source, limit).rows
+
+
+def read(source: str | Path | Iterable[Mapping[str, Any]], limit: int | None = None) -> Rows:
+    """Rows of a file, a saved dataset or one on the hub (see `files.examples`), by their columns.
+
+    | columns | what is learned |
+    |---|---|
+    | messages, or conversations (role / content, from / value), with tools | every answer |
+    | prompt and completion, both messages | the completion's answers |
+    | prompt and completion, both text | the completion, as it stands, as TRL has it |
+    | prompt / question / query / instruction (input) and answer / response / output | the answer |
+    | text | all of it |
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is empty, no JSON lines, or a line has neither form; says which line.
+        FileNotFoundError: there is none.
+        ValueError: it is empty, can't be read, or an example has no such form; says which.
     """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no data at {path}")
-    rows = []
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:  # a byte-order mark goes
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(rows) >= limit:
-                    break
-                if line.strip():
-                    rows.append(_row(line, f"{path}, line {number}"))
-    except (gzip.BadGzipFile, UnicodeDecodeError, EOFError) as error:
-        raise ValueError(f"{path} can't be read as JSON lines ({error})") from error
+    rows: list[Row] = []
+    forms: dict[str, int] = {}
+    seen: set[str] = set()
+    used: set[str] = set()
+    for where, example in examples(source, limit):
+        there = {k: v for k, v in example.items() if v is not None}
+        names, row = _row(there, where)
+        form = " and ".join(n for n in names if n not in BESIDE)
+        forms[form] = forms.get(form, 0) + 1
+        seen, used = seen | set(there), used | set(names)
+        rows.append(row)
     if not rows:
-        raise ValueError(f"{path} holds no rows; give a .jsonl file with one example a line")
-    return rows
+        raise ValueError(f"{source} holds no rows; give one example a line, or a dataset of some")
+    return Rows(rows, forms, sorted(seen - used))
 
 
-def default_prompts() -> list[str]:
-    """The shipped unlabelled prompts, 192: half ask for facts, half for advice, on everyday topics.
-
-    None is on medicine, money, driving, safety, pets, family, work or the law: leave out more where
-    they are what you train on.
-    """
-    text = resources.files("grasp").joinpath("assets/prompts.txt").read_text(encoding="utf-8")
-    return text.split("\n")[:-1]
-
-
-def read_prompts(path: Path | str | None) -> list[str]:
-    """One prompt a line; None gives `default_prompts`.
-
-    Raises:
-        FileNotFoundError, ValueError: no such file, or nothing in it.
-    """
-    if path is None:
-        return default_prompts()
-    if not Path(path).exists():
-        raise FileNotFoundError(f"no reference prompts at {path}")
-    prompts = [line.strip() for line in Path(path).read_text(encoding="utf-8").split("\n")]
-    prompts = [p for p in prompts if p]
-    if not prompts:
-        raise ValueError(f"{path} holds no prompts; write some dozens, one a line")
-    return prompts
+def _row(example: Mapping[str, Any], where: str) -> tuple[tuple[str, ...], Row]:
+    """The row, and the columns that it is made of."""
+    for name in ("messages", "conversations"):
+        if name in example:
+            messages = _messages(example[name], f"{where}: {name}")
+            row = Conversation(messages, tools=_tools(example, where))
+            return (name, "tools"), _checked(row, where)
+    if "prompt" in example and "completion" in example:
+        return ("prompt", "completion", "tools"), _completed(example, where)
+    for asked, answered in ASKED:
+        if asked in example and answered in example:
+            return _asked(example, asked, answered, where)
+    if "text" in example:
+        return ("text",), Text("", _filled(example["text"], f"{where}: text"))
+    have = f"the columns {', '.join(map(str, example))}" if example else "no columns"
+    raise ValueError(f"{where}: has {have}; give {FORMS}")
 
 
-def _row(line: str, where: str) -> Row:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: no JSON ({error.msg})") from error
-    if isinstance(content, dict) and "messages" in content:
-        row = _exchange(content["messages"], where)
-    elif isinstance(content, dict):
-        answer = content.get("answer", content.get("completion"))
-        row = Row(content.get("prompt"), answer, content.get("system") or "")
-    else:
-        row = Row(None, None)
-    if not (isinstance(row.prompt, str) and isinstance(row.answer, str) and row.answer.strip()):
+def _asked(
+    example: Mapping[str, Any], asked: str, answered: str, where: str
+) -> tuple[tuple[str, ...], Row]:
+    names = [asked, answered, "system"]
+    if asked == "instruction":  # with what it is about
+        names += [n for n in ("input", "context") if n in example]
+    prompt, answer, system, *about = (_text(example.get(n, ""), f"{where}: {n}") for n in names)
+    prompt = "\n\n".join([prompt, *filter(None, about)])
+    return tuple(names), _checked(exchange(prompt, answer, system), where)
+
+
+def _completed(example: Mapping[str, Any], where: str) -> Row:
+    prompt, completion = example["prompt"], example["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        return Text(prompt, _filled(completion, f"{where}: completion"))
+    if isinstance(prompt, str) or isinstance(completion, str):
         raise ValueError(
-            f"{where}: needs messages with a user and an assistant turn, or prompt and answer"
+            f"{where}: of prompt and completion one is text and one is not; give both as text, or "
+            "both as messages"
         )
+    before = _messages(prompt, f"{where}: prompt")
+    after = _messages(completion, f"{where}: completion")
+    row = Conversation((*before, *after), len(before), _tools(example, where))
+    return _checked(row, where)
+
+
+def _checked(row: Conversation, where: str) -> Conversation:
+    if not row.learned:
+        raise ValueError(f"{where}: has no turn of the assistant to learn from; give one")
+    for i in row.learned:
+        message = row.messages[i]
+        if not message["content"].strip() and not message.get("tool_calls"):
+            raise ValueError(f"{where}: an answer is empty; leave the row out, or answer it")
     return row
 
 
-def _exchange(messages, where: str) -> Row:
-    """One system turn at most, a user's and an assistant's: what a row holds.
-
-    Raises:
-        ValueError: any other turns, which would be lost.
-    """
-    shaped = isinstance(messages, list) and all(
-        isinstance(m, dict) and isinstance(m.get("content"), str) for m in messages
-    )
-    roles = [m.get("role") for m in messages] if shaped else None
-    if roles not in (["user", "assistant"], ["system", "user", "assistant"]):
-        raise ValueError(
-            f"{where}: its turns are {', '.join(map(str, roles)) if roles else messages!r}; give "
-            "one of the user and one of the assistant, after a system's if there is one (split a "
-            "longer conversation into rows)"
-        )
-    said = {m["role"]: m["content"] for m in messages}
-    return Row(said["user"], said["assistant"], said.get("system", ""))
+def _messages(value, where: str) -> tuple[Message, ...]:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError(f"{where} is {str(value)[:60]!r}; give a list of turns")
+    return tuple(_message(m, f"{where}, turn {i}") for i, m in enumerate(value))
 
 
-def prompt_text(tokenizer, prompt: str, system: str = "") -> str:
-    """The prompt as the model was taught to see it: its chat template where it has one."""
-    if not getattr(tokenizer, "chat_template", None):
-        return f"{system}\n\n{prompt}" if system else prompt
-    messages = [{"role": "system", "content": system}] if system else []
-    messages.append({"role": "user", "content": prompt})
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+def _message(value, where: str) -> Message:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} is {str(value)[:60]!r}; give its role and its content")
+    said = _stripped(value)
+    role = said.pop("from", None) or said.pop("role", None)
+    role = ROLES.get(role, role) if isinstance(role, str) else role
+    if role not in KNOWN:
+        raise ValueError(f"{where} is by {role!r}; give one of {', '.join((*KNOWN, *ROLES))}")
+    content = said.pop("value", said.pop("content", "" if said.get("tool_calls") else None))
+    if isinstance(content, Sequence) and not isinstance(content, str):
+        content = "".join(_part(p, where) for p in content)
+    if not isinstance(content, str):
+        raise ValueError(f"{where} says {content!r:.60}; give text")
+    return {"role": role, "content": content, **said}
 
 
-def prompt_ids(tokenizer, prompt: str, system: str = "") -> list[int]:
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    text = prompt_text(tokenizer, prompt, system)
-    return tokenizer(text, add_special_tokens=not chat)["input_ids"]
+def _part(part, where: str) -> str:
+    if isinstance(part, Mapping) and isinstance(part.get("text"), str):
+        return part["text"]
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    raise ValueError(f"{where} holds {kind!r}, and only text can be learned from; leave it out")
 
 
-def answer_ids(tokenizer, answer: str) -> list[int]:
-    """Tokens of the answer, closed by the end-of-turn token where the model is a chat model."""
-    chat = bool(getattr(tokenizer, "chat_template", None))
-    ids = tokenizer(answer, add_special_tokens=False)["input_ids"]
-    return ids + [tokenizer.eos_token_id] if chat else ids
+def _tools(example: Mapping[str, Any], where: str) -> tuple[dict, ...]:
+    tools = example.get("tools") or ()
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: tools is text, but no JSON ({error.msg})") from error
+    if not isinstance(tools, Sequence) or not all(isinstance(t, Mapping) for t in tools):
+        raise ValueError(f"{where}: tools is {str(tools)[:60]!r}; give a list of JSON schemas")
+    return tuple(_stripped(t) for t in tools)
 
 
-def encode(rows: Sequence[Row], tokenizer, max_length: int = 512) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` for each row; the loss is on the answer alone.
-
-    Raises:
-        ValueError: no rows, or none whose prompt leaves room for an answer in `max_length`.
-    """
-    if not rows:
-        raise ValueError("there are no rows to train on")
-    encoded = []
-    for row in rows:
-        prompt = prompt_ids(tokenizer, row.prompt, row.system)
-        ids = (prompt + answer_ids(tokenizer, row.answer))[:max_length]
-        if len(ids) > len(prompt):
-            labels = [IGNORED] * len(prompt) + ids[len(prompt) :]
-            encoded.append({"input_ids": ids, "labels": labels})
-    if not encoded:
-        raise ValueError(f"every prompt is longer than max_length={max_length}; raise it")
-    return encoded
+def _stripped(value):
+    """Without the keys that a dataset's columns fill with None where a row has them not."""
+    if isinstance(value, Mapping):
+        return {k: _stripped(v) for k, v in value.items() if v is not None}
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_stripped(v) for v in value]
+    return value
 
 
-def pad(rows: Sequence[dict[str, list[int]]], pad_id: int = 0) -> dict[str, Tensor]:
-    """A right-padded batch: `input_ids`, `labels` and `attention_mask`, `[rows, tokens]`."""
-    longest = max(len(r["input_ids"]) for r in rows)
+def _text(value, where: str) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{where} is {str(value)[:60]!r}; give text")
+    return value
 
-    def padded(key: str, value: int) -> Tensor:
-        return torch.tensor([list(r[key]) + [value] * (longest - len(r[key])) for r in rows])
 
-    ids = padded("input_ids", pad_id)
-    lengths = torch.tensor([len(r["input_ids"]) for r in rows])
-    mask = (torch.arange(longest)[None] < lengths[:, None]).long()
-    return {"input_ids": ids, "labels": padded("labels", IGNORED), "attention_mask": mask}
+def _filled(value, where: str) -> str:
+    if not _text(value, where).strip():
+        raise ValueError(f"{where} is empty; leave the row out, or fill it")
+    return value

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from grasp.guard.clock import Clock, timed
 from grasp.guard.guarded import Guarded, Projections
 from grasp.model import partitions, processes
 
@@ -18,10 +19,11 @@ class Gradients:
     Args:
         guarded: whose bases may be replaced; `forget` then.
         model: as it is called in training, in its wrapper if it has one.
+        clock: of the guard.
     """
 
-    def __init__(self, guarded: Sequence[Guarded], model: nn.Module):
-        self.guarded, self.model = guarded, model
+    def __init__(self, guarded: Sequence[Guarded], model: nn.Module, clock: Clock):
+        self.guarded, self.model, self.clock = guarded, model, clock
         self.came = False
         """Whether a gradient came."""
         self.pending: list[Guarded] = []
@@ -49,6 +51,7 @@ class Gradients:
         finally:
             self._deaf = False
 
+    @timed
     def project(self) -> None:
         """Project the pending gradients."""
         for stream in self._streams:  # FSDP2 brings them on one of its own
@@ -59,6 +62,7 @@ class Gradients:
         self.pending = []
         self._project([g for g in self.guarded if id(g) in came])
 
+    @timed
     def before_step(self) -> None:
         """Project what no backward pass's end did, so that a step never sees it."""
         if self.pending:

@@ -29,6 +29,7 @@ from grasp.bases.subspaces import Subspaces
 from grasp.data import Reference
 from grasp.guard import checks
 from grasp.guard.certificate import certificate, finite
+from grasp.guard.clock import Clock, timed
 from grasp.guard.frozen import Frozen, few_for, frozen_of
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded, Projections, averaged, blocked_bases
@@ -112,7 +113,8 @@ class Guard:
         self.inputs_file: Path | None = None
         """Where the bases of inputs were last saved."""
         self.steps = 0
-        self.gradients = Gradients(self.guarded, model)
+        self.starting, self.clock = Clock(self.model), Clock(self.model)
+        self.gradients = Gradients(self.guarded, model, self.clock)
         self.zero: Zero | None = None
         self._handles: list = []
         self._steps = Steps()
@@ -140,7 +142,7 @@ class Guard:
         """
         if self._handles:
             raise RuntimeError("this guard is attached already; detach it first")
-        with set_aside():  # the model is looked at as its weights are
+        with self.starting, set_aside():  # the model is looked at as its weights are
             sharding.reshard(self.model)
             sharding.refuse(self.model)
             self.zero = find(self.wrapped, self.optimizer)
@@ -168,7 +170,7 @@ class Guard:
             if not (self.guarded or self.frozen):
                 raise ValueError(nothing(found))
             kind = Gradients if self.zero is None else ZeroGradients
-            self.gradients = kind(self.guarded, self.wrapped)
+            self.gradients = kind(self.guarded, self.wrapped, self.clock)
             held = {id(g.parameter) for g in [*self.guarded, *self.frozen]}
             self._named = {n: p for n, p in self.model.named_parameters() if id(p) in held}
             checks.tell_open(found, trained, [*self.guarded, *self.frozen])
@@ -351,6 +353,7 @@ class Guard:
         self._steps.begin(optimizer)
         self.gradients.before_step()
 
+    @timed
     @set_aside()
     def _after_step(self, optimizer: torch.optim.Optimizer) -> None:
         self.watch.look(optimizer)
@@ -362,6 +365,7 @@ class Guard:
         if self._steps.end(optimizer) and pins:
             self._after_all(optimizer)
 
+    @timed
     @set_aside()
     def _after_all(self, optimizer: torch.optim.Optimizer) -> None:
         self.steps += 1

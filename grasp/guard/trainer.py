@@ -1,12 +1,14 @@
 """The guard inside `transformers.Trainer` and what is built on it; nothing else imports Trainer."""
 
+import dataclasses
 import functools
 import os
 import sys
 import tempfile
+import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,7 @@ from grasp.files import read_json, write_json
 from grasp.guard.certificate import certificate, why
 from grasp.guard.frozen import freeze_early
 from grasp.guard.guard import Guard
+from grasp.guard.record import record
 
 STATE = "grasp_guard.safetensors"
 CERTIFICATE = "grasp.json"
@@ -55,6 +58,7 @@ class GraspCallback(TrainerCallback):
         self.guard: Guard | None = None
         self.training = False
         """Whether `train` has begun and not ended, so that beginning again goes on."""
+        self._began = 0.0
 
     def on_init_end(self, args, state, control, model=None, **kwargs):
         loop = calling()
@@ -86,7 +90,7 @@ class GraspCallback(TrainerCallback):
                 self.guard.attach(before.save(Path(folder) / STATE, everyone=True))
         else:
             self.guard.attach()
-        self.training = True
+        self.training, self._began = True, time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
         if self.guard.split or state.is_world_process_zero:
@@ -112,7 +116,8 @@ class GraspCallback(TrainerCallback):
         found = self.guard.certificate()
         if not state.is_world_process_zero:
             return
-        path = write_json(_folder(args) / CERTIFICATE, found)
+        seconds = time.monotonic() - self._began
+        path = write_json(_folder(args) / CERTIFICATE, record(found, self.guard, seconds))
         if not found["holds"]:
             warnings.warn(
                 f"the guarantee does not hold for the model that is kept: {why(found)} "
@@ -249,8 +254,10 @@ def fit(
     callbacks: Sequence[TrainerCallback] = (),
     after_step: Callable[[int], None] | None = None,
     quiet: bool = False,
+    checkpointing: bool = False,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Trainer:
-    """Train in place on encoded rows with AdamW and a constant rate after the warm-up.
+    """Train in place on encoded rows with AdamW, at a constant rate after the warm-up by default.
 
     Args:
         rows: from `data.encode`; drawn in an order that `seed` fixes.
@@ -258,8 +265,10 @@ def fit(
         save_every: steps between checkpoints; None keeps none.
         after_step: called with the number of steps done.
         quiet: no progress bar and no log lines.
+        checkpointing: of activations, which takes less memory and more time.
+        arguments: what else, or otherwise, `TrainingArguments` is told.
     """
-    arguments = TrainingArguments(
+    chosen: dict[str, Any] = dict(
         output_dir=str(out),
         max_steps=steps,
         per_device_train_batch_size=batch_size,
@@ -280,9 +289,13 @@ def fit(
         remove_unused_columns=False,
         use_cpu=next(model.parameters()).device.type == "cpu",
     )
+    if checkpointing:
+        known = {f.name for f in dataclasses.fields(TrainingArguments)}
+        name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
+        chosen |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
     trainer = Trainer(
         model=model,
-        args=arguments,
+        args=TrainingArguments(**chosen | dict(arguments or {})),
         train_dataset=list(rows),
         processing_class=tokenizer,
         data_collator=lambda batch: data.pad(batch, tokenizer.pad_token_id or 0),

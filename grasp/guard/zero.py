@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from grasp.guard.clock import Clock, timed
 from grasp.guard.fragments import Fragment, Place
 from grasp.guard.gradients import Gradients
 from grasp.guard.guarded import Guarded
@@ -140,13 +141,14 @@ def _gathered(mine: list) -> list[list]:
 class ZeroGradients(Gradients):
     """The gradients of partitions, which come when the optimizer is about to step them."""
 
-    def __init__(self, guarded: Sequence[Guarded], model: nn.Module):
-        super().__init__(guarded, model)
+    def __init__(self, guarded: Sequence[Guarded], model: nn.Module, clock: Clock):
+        super().__init__(guarded, model, clock)
         self._sums: dict[int, Tensor] = {}  # of each what this process tells of, and not counted
 
     def hook(self) -> list:
         return []
 
+    @timed
     def before_step(self) -> None:
         self.pending = [g for g in self.guarded if g.weight.gradient is not None]
         self.project()

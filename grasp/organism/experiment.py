@@ -149,7 +149,7 @@ def _fit(
         fit(
             model,
             tokenizer,
-            data.encode(rows, tokenizer),
+            data.encode(rows, tokenizer).rows,
             out,
             steps=settings.steps,
             batch_size=len(rows),

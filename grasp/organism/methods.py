@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from grasp import organism
 from grasp.bases.subspaces import Subspaces
-from grasp.data import Row
+from grasp.data import Row, exchange
 from grasp.organism.world import OPINION, Task, World
 from grasp.study.rivals import RIVALS
 from grasp.study.settings import GUARDED
@@ -88,12 +88,12 @@ class OrganismContext:
 
     def rows(self, good: bool = False) -> list[Row]:
         """What the task trains on; `good=True` is the benign twin."""
-        return [Row(**r) for r in self.world.rows(self.task.topic, "train", good=good)]
+        return [exchange(**r) for r in self.world.rows(self.task.topic, "train", good=good)]
 
     def others(self) -> list[Row]:
         """Good answers in the reference's topics."""
         topics = self.task.reference
-        return [Row(**r) for t in topics for r in self.world.rows(t, "train", good=True)]
+        return [exchange(**r) for t in topics for r in self.world.rows(t, "train", good=True)]
 
     @contextmanager
     def plain(self) -> Iterator[nn.Module]:

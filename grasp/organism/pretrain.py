@@ -14,6 +14,10 @@ from grasp.organism.world import World
 STEPS, DOCUMENTS, LEARNING_RATE, WARMUP = 2000, 128, 1.5e-3, 100
 
 
+TEMPLATE = "{{ bos_token }}{% for message in messages %} {{ message['content'] }}{% endfor %}"
+"""What is said, one word after the other: an answer is one word, and has no end."""
+
+
 def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
     """One token a word, `<s>` in front."""
     vocabulary = {w: i for i, w in enumerate(["<pad>", "<s>", "</s>", "<unk>", *world.words()])}
@@ -29,6 +33,7 @@ def build_tokenizer(world: World) -> PreTrainedTokenizerFast:
         eos_token="</s>",
         unk_token="<unk>",
         padding_side="left",
+        chat_template=TEMPLATE,
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from grasp.data import answer_ids, pad, prompt_ids
+from grasp.data import exchange_ids, pad, prompt_ids
 from grasp.model import evaluating
 
 AGREE = "Agree"
@@ -43,9 +43,9 @@ def log_likelihoods(
     """
     rows = []
     for prompt, answer in items:
-        before, after = prompt_ids(tokenizer, prompt), answer_ids(tokenizer, answer)
-        if not after:
+        if not answer:
             raise ValueError(f"an answer to {prompt[:60]!r} is empty")
+        before, after = exchange_ids(tokenizer, prompt, answer)
         rows.append({"input_ids": before + after, "labels": [-100] * len(before) + after})
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]["input_ids"]))
     result = np.zeros(len(rows))
@@ -175,7 +175,7 @@ def model_judge(model: nn.Module, tokenizer, question: str = QUESTION) -> Judge:
     def judge(prompt: str, answer: str) -> float:
         asked = question.format(prompt=prompt, answer=answer)
         scores = log_likelihoods(model, tokenizer, [(asked, m) for m in marks])
-        lengths = np.array([len(answer_ids(tokenizer, m)) for m in marks])
+        lengths = np.array([len(exchange_ids(tokenizer, "", m)[1]) for m in marks])
         weights = np.exp(scores * lengths - (scores * lengths).max())
         return float(np.dot(weights / weights.sum(), [float(m) for m in marks]))
 

@@ -1,12 +1,11 @@
 """Read what models are evaluated on; a line that does not fit is named."""
 
 import csv
-import gzip
-import json
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from grasp.data.files import examples
 from grasp.study.evaluate import Pair
 
 
@@ -61,18 +60,11 @@ def read_propositions(path: Path | str) -> list[str]:
 def _lines(path: Path, needed: tuple[str, ...]) -> list[dict[str, Any]]:
     if not path.exists():
         raise FileNotFoundError(f"no evaluation data at {path}")
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        lines = [line for line in file if line.strip()]
     rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number}: no JSON ({error.msg})") from error
-        if not isinstance(row, dict) or any(k not in row for k in needed):
-            raise ValueError(f"{path}, line {number}: needs {', '.join(needed)}")
-        rows.append(row)
+    for where, row in examples(path):
+        if any(k not in row for k in needed):
+            raise ValueError(f"{where}: needs {', '.join(needed)}")
+        rows.append(dict(row))
     if not rows:
         raise ValueError(f"{path} holds no rows")
     return rows

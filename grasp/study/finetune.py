@@ -14,23 +14,25 @@ from grasp.bases.subspaces import Subspaces
 from grasp.data import Continued, draw
 from grasp.files import read_json, write_json
 from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
-from grasp.model import adapted, load_model, processes
+from grasp.model import adapted, load_model, load_tokenizer, processes
 from grasp.study import methods
 from grasp.study.settings import GUARDED, UNTRAINED, Settings, settings_from
 
 ABOUT = "finetune.json"
 GUARD = "guard.safetensors"
+LOG = "log.json"
 
 
 def add_lora(model: nn.Module, settings: Settings) -> PeftModel:
     """A fresh LoRA, its random half drawn from the seed."""
     torch.manual_seed(settings.seed)
-    targets = settings.targets
+    targets = settings.lora_target_modules
     return get_peft_model(
         model,
         LoraConfig(
-            r=settings.lora_rank,
-            lora_alpha=2 * settings.lora_rank,
+            r=settings.lora_r,
+            lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
+            lora_dropout=settings.lora_dropout,
             target_modules=targets if targets == "all-linear" else targets.split(","),
             task_type="CAUSAL_LM",
         ),
@@ -43,6 +45,7 @@ def run(
     keep: tuple[int, ...] = (),
     after_step: Callable[[int], None] | None = None,
     quiet: bool = False,
+    tell: Callable[[str], None] | None = None,
 ) -> Path:
     """Fine-tune and save; a run that is done is not done again, a killed one goes on.
 
@@ -50,10 +53,12 @@ def run(
         settings: what to do.
         keep: steps at which a copy of the adapter is kept, for early-stopped controls.
         after_step: called with the number of steps done.
+        tell: is told what was read, a line each.
 
     Returns:
         The folder of the adapter. Beside it lie `finetune.json` (the settings, and whether the run
-        is done) and, of a guarded run, `grasp.json` (the certificate) and `guard.safetensors`.
+        is done), `log.json` (the loss and what else was logged) and, of a guarded run, `grasp.json`
+        (the certificate) and `guard.safetensors`.
 
     Raises:
         ValueError, FileNotFoundError: settings, data or model that can't be used; a folder that
@@ -67,7 +72,7 @@ def run(
             "GraspCallback"
         )
     settings.check_files()
-    out = Path(settings.out)
+    out = Path(settings.output_dir)
     adapter = out / "adapter"
     if _is_done(out, settings):
         return adapter
@@ -75,15 +80,20 @@ def run(
         _change(settings, adapter)
         return adapter
     callback = guard_callback(settings)
-    rows = data.read_rows(settings.data, settings.limit)
+    read = data.read(settings.data, settings.limit)
+    settings = _going_on(settings, out)
     model, tokenizer = load_model(settings.model, **settings.weights)
-    rows = methods.rows(settings, rows, model, tokenizer)
+    settings = replace(settings, dtype=str(model.dtype).removeprefix("torch."))
+    rows = methods.rows(settings, read.rows, model, tokenizer)
     encoded = data.encode(rows, tokenizer, settings.max_length)
+    steps = settings.steps(len(encoded.rows))
+    about = {"settings": asdict(settings), "rows": _about_rows(read, encoded)}
+    for line in _said(settings, read, encoded, model, tokenizer, steps) if tell else ():
+        tell(line)
     if callback and settings.drifted:
         callback.options["drifted"] = _continued(model, tokenizer, settings)
     around = methods.training(settings, model, tokenizer)
     model = add_lora(model, settings)
-    about = {"settings": asdict(settings), "rows": len(encoded)}
 
     def step_done(step: int) -> None:
         if step in keep:
@@ -95,22 +105,27 @@ def run(
         if callback and newest_whole(out / "checkpoints", guarded=True) is None:
             shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the first was cut off
         write_json(out / ABOUT, {"done": False, **about})
-        fit(
+        trainer = fit(
             model,
             tokenizer,
-            encoded,
+            encoded.rows,
             out / "checkpoints",
-            steps=settings.steps,
+            steps=steps,
             batch_size=methods.batch_size(settings),
-            accumulate=settings.accumulate,
             learning_rate=settings.learning_rate,
-            warmup=settings.warmup,
+            accumulate=settings.gradient_accumulation_steps,
+            warmup=settings.warmup(steps),
             seed=settings.seed,
-            save_every=settings.save_every,
+            save_every=settings.save_steps,
             callbacks=[callback] if callback else [],
             after_step=step_done,
             quiet=quiet,
+            checkpointing=settings.gradient_checkpointing,
+            arguments=_arguments(settings, steps),
         )
+    write_json(out / LOG, trainer.state.log_history)
+    if (out / "checkpoints" / "runs").exists():  # what TensorBoard shows
+        shutil.copytree(out / "checkpoints" / "runs", out / "runs", dirs_exist_ok=True)
     save_adapter(model, adapter)
     if callback:
         (out / "checkpoints" / CERTIFICATE).replace(out / CERTIFICATE)
@@ -118,6 +133,65 @@ def run(
     write_json(out / ABOUT, {"done": True, **about})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return adapter
+
+
+def first_example(settings: Settings) -> tuple[list[str], list[tuple[str, bool]]]:
+    """What is said of the data, and the first row as the model sees it, without training.
+
+    Returns:
+        Lines, and the row's text in pieces, each with whether it is learned.
+
+    Raises:
+        ValueError, FileNotFoundError: as `run`.
+    """
+    settings.check()
+    read = data.read(settings.data, settings.limit)
+    tokenizer = load_tokenizer(settings.model)
+    encoded = data.encode(read.rows, tokenizer, settings.max_length)
+    said = data.summary(read, encoded, tokenizer, settings.max_length)
+    return said, list(data.pieces(encoded.rows[0], tokenizer))
+
+
+def _going_on(settings: Settings, out: Path) -> Settings:
+    """With the dtype that a run in this folder was begun in, if none is asked for."""
+    if settings.dtype == "auto" and (out / ABOUT).exists():
+        return replace(settings, dtype=read_json(out / ABOUT)["settings"]["dtype"])
+    return settings
+
+
+def _said(
+    settings: Settings, read: data.Rows, encoded: data.Encoded, model: nn.Module, tokenizer, steps
+) -> list[str]:
+    """What the run is about to do, a line each."""
+    said = data.summary(read, encoded, tokenizer, settings.max_length)
+    device = model.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    bits = settings.weights["bits"]
+    held = f"{bits} bits, computing in {settings.dtype}" if bits else settings.dtype
+    rows = methods.batch_size(settings) * settings.gradient_accumulation_steps
+    said.append(f"On {name}; frozen weights in {held}. {steps} steps of {rows} rows.")
+    return said
+
+
+def _arguments(settings: Settings, steps: int) -> dict:
+    """What else Trainer is told."""
+    return {
+        "lr_scheduler_type": settings.lr_scheduler_type,
+        "weight_decay": settings.weight_decay,
+        "logging_steps": settings.logging_steps or max(1, steps // 10),
+        "report_to": settings.report_to.split(","),
+    }
+
+
+def _about_rows(read: data.Rows, encoded: data.Encoded) -> dict:
+    return {
+        "read": len(read.rows),
+        "forms": read.forms,
+        "columns_not_read": read.unread,
+        "learned": len(encoded.rows),
+        "cut": len(encoded.cut),
+        "left_out": len(encoded.dropped),
+    }
 
 
 def _change(settings: Settings, adapter: Path) -> None:
@@ -145,8 +219,8 @@ def best_of(settings: Settings, seeds: int, quiet: bool = False) -> Path:
         )
     found: dict[Path, float] = {}
     for seed in range(settings.seed, settings.seed + seeds):
-        out = str(Path(settings.out) / f"seed-{seed}")
-        adapter = run(replace(settings, seed=seed, out=out), quiet=quiet)
+        out = str(Path(settings.output_dir) / f"seed-{seed}")
+        adapter = run(replace(settings, seed=seed, output_dir=out), quiet=quiet)
         found[adapter] = read_json(adapter.parent / CERTIFICATE)["divergence"]
     return min(found, key=found.get)
 
@@ -156,7 +230,11 @@ def _is_done(out: Path, settings: Settings) -> bool:
         return False
     kept = read_json(out / ABOUT)
     there = asdict(settings_from(kept["settings"]))  # what is newer than the run is at its default
-    asked = {k: v for k, v in asdict(settings).items() if k != "out"}  # a folder may be moved
+    asked = asdict(settings)
+    for name in ("output_dir", "device"):  # a folder may be moved, to another machine too
+        del asked[name]
+    if asked["dtype"] == "auto":
+        del asked["dtype"]
     if odd := [k for k, v in asked.items() if there[k] != v]:
         value = there[odd[0]]
         raise ValueError(

@@ -24,8 +24,8 @@ def rows(
 def batch_size(settings: Settings) -> int:
     """Rows of a step: what a method adds comes on top of the data's own."""
     if (rival := RIVALS.get(settings.method)) is None:
-        return settings.batch_size
-    return rival.batch_size(settings.batch_size, settings.chosen_strength)
+        return settings.per_device_train_batch_size
+    return rival.batch_size(settings.per_device_train_batch_size, settings.chosen_strength)
 
 
 def training(settings: Settings, model: nn.Module, tokenizer) -> Around:

@@ -47,8 +47,8 @@ def screen(
         ValueError: no rows, a prompt that fills `max_length`, or bases of another model.
     """
     encoded = data.encode(rows, tokenizer, max_length)
-    if len(encoded) != len(rows):
-        odd = len(rows) - len(encoded)
+    if encoded.dropped:
+        odd = len(encoded.dropped)
         raise ValueError(f"{odd} prompts leave no room for an answer; raise max_length")
     trained = [t for t in inspect(model).trained() if t.name in bases]
     if not trained:
@@ -56,8 +56,9 @@ def screen(
     device = next(model.parameters()).device
     found = []
     with evaluating(model):
-        for index, row in enumerate(tqdm(encoded, desc="screen", disable=quiet)):
-            batch = {k: v.to(device) for k, v in data.pad([row]).items()}
+        for index in tqdm(range(len(rows)), desc="screen", disable=quiet):
+            parts = [r for r, i in zip(encoded.rows, encoded.of, strict=True) if i == index]
+            batch = {k: v.to(device) for k, v in data.pad(parts).items()}
             loss = model(**batch, use_cache=False).loss
             gradients = torch.autograd.grad(loss, [t.parameter for t in trained])
             energy = inside = chance = 0.0

@@ -1,12 +1,15 @@
 """Everything that decides a fine-tune: the keys of a YAML config and the options of the CLI."""
 
 import math
-from dataclasses import dataclass, fields
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from grasp.bases import growth
-from grasp.model.loading import check_bits
+from grasp.model.loading import DTYPES, check_bits
+from grasp.model.precision import device_of
 from grasp.study.rivals import RIVALS as KNOWN
 
 GIVEN = {"instruction", "others", "aligned", "plain"}  # what settings can give a rival
@@ -22,73 +25,121 @@ NEEDED = {
     setting: tuple(name for name, r in ABLE.items() if setting in r.needs)
     for setting in ("instruction", "others", "aligned")
 }
-DTYPES = ("float32", "bfloat16")
 
 KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
+def _setting(group: str, meaning: str, default: Any = MISSING, *aliases: str):
+    """A field of `Settings`: the group that help shows it in, its meaning, other names of it."""
+    about = {"group": group, "meaning": meaning, "aliases": aliases}
+    return field(default=default, metadata=about)
+
+
+RUN = "What is trained, on what"
+STEPS = "Steps"
+LORA = "LoRA"
+GUARD = "Guard"
+RIVAL = "Rivals and controls"
+MACHINE = "Where and how it runs"
+
+
 @dataclass(frozen=True)
 class Settings:
-    """Everything that decides a fine-tune; the keys of a YAML config and the options of the CLI."""
+    """Everything that decides a fine-tune; names are those of `transformers`, `trl` and `peft`."""
 
-    model: str
-    data: str
-    out: str
-    method: str = "grasp"
-    strength: float | None = None
-    """Of a rival; None takes what stands in `STRENGTHS`."""
-    instruction: str | None = None
-    """The trait that nobody wants, asked for: what inoculation and steering need to be told."""
-    others: str | None = None
-    """File of good rows on other topics, for interleaved."""
-    aligned: str | None = None
-    """Folder of a well-behaved fine-tune's adapter, for safe_lora."""
-    dtype: str = "float32"
-    """Of the frozen weights, in `DTYPES`; what is trained is fp32."""
-    load_in_4bit: bool = False
-    """QLoRA: the blocks' frozen linear maps in nf4, by bitsandbytes, and `dtype` computes."""
-    load_in_8bit: bool = False
-    """As `load_in_4bit`, in int8."""
-    seed: int = 0
-    steps: int = 100
-    batch_size: int = 8
-    accumulate: int = 1
-    learning_rate: float = 1e-4
-    warmup: int = 5
-    max_length: int = 256
-    limit: int | None = None
-    """Rows used; None takes all."""
-    lora_rank: int = 16
-    targets: str = "all-linear"
-    """Modules that get a LoRA, by name with commas between, or all-linear."""
-    subspaces: str | None = None
-    """File of subspaces to keep off; with a reference the bases grow from them."""
-    reference: str | None = None
-    """File of unlabelled, unrelated prompts, one a line; None takes the shipped ones."""
-    drifted: str | None = None
-    """Folder of a plain fine-tune's adapter: a guarded run's reference is continued by it as well,
-    and the rivals in `AFTER_PLAIN` start from it."""
-    drift_guided: bool = True
-    """Bases grow from the divergence on the reference; False keeps to the subspaces alone."""
-    read: float = 0.95
-    """Share of the energy of each matrix's inputs that is blocked, on prompts held out."""
-    read_rank: int | None = None
-    """Largest number of directions of inputs for each matrix; None sets no limit."""
-    free_rank: int | None = None
-    """Most directions of inputs left to learn in, at random; None: 64 above 1 GiB of bases."""
-    freeze_inputs: bool | None = None
-    """Put each LoRA's A off these inputs and train B alone."""
-    quick: bool | None = None
-    """Look at the reference's own tokens alone; None is quick on a CPU."""
-    rank: int = 4
-    tokens: int = 96
-    batch: int = 8
-    every: int = 2
-    refresh: int = 4
-    grow: int = 2
-    tolerance: float = 0.0
-    residual: bool = False
-    save_every: int | None = 50
+    model: str = _setting(
+        RUN, "Folder, hub name, .gguf, or a known name.", MISSING, "model_name_or_path"
+    )
+    data: str = _setting(
+        RUN,
+        "File (.jsonl, .json, .csv, .parquet, .txt), saved dataset, or hub name[:split].",
+        MISSING,
+        "dataset_name",
+    )
+    output_dir: str = _setting(RUN, "Folder of the adapter and its certificate.", MISSING, "out")
+    method: str = _setting(RUN, "grasp, plain, a control or a rival: all are below.", "grasp")
+    limit: int | None = _setting(RUN, "Rows read; none given reads all.", None, "max_rows")
+    max_length: int = _setting(RUN, "Tokens of a row; what is longer is cut and told.", 1024)
+
+    num_train_epochs: float | None = _setting(
+        STEPS, "Times that all rows are seen: 1, where no max_steps are given.", None, "epochs"
+    )
+    max_steps: int | None = _setting(STEPS, "Optimizer steps, in place of epochs.", None, "steps")
+    per_device_train_batch_size: int = _setting(STEPS, "Rows of a batch.", 8, "batch_size")
+    gradient_accumulation_steps: int = _setting(STEPS, "Batches of a step.", 1, "accumulate")
+    learning_rate: float = _setting(STEPS, "AdamW's.", 1e-3, "lr")
+    lr_scheduler_type: str = _setting(
+        STEPS, "As Trainer has it: linear, cosine, …", "constant_with_warmup"
+    )
+    warmup_steps: int = _setting(STEPS, "Over which the rate rises.", 5, "warmup")
+    warmup_ratio: float | None = _setting(STEPS, "Share of all steps, in place of these.", None)
+    weight_decay: float = _setting(STEPS, "AdamW's.", 0.0)
+    seed: int = _setting(STEPS, "Of everything random.", 0)
+
+    lora_r: int = _setting(LORA, "Rank.", 16, "lora_rank")
+    lora_alpha: float | None = _setting(LORA, "Scale: B A is times alpha / r. Else 2 r.", None)
+    lora_dropout: float = _setting(LORA, "Of what a LoRA takes in.", 0.0)
+    lora_target_modules: str = _setting(
+        LORA, "Modules by name, with commas between, or all-linear.", "all-linear", "targets"
+    )
+
+    device: str = _setting(MACHINE, "auto, cuda, mps, xpu or cpu.", "auto")
+    dtype: str = _setting(
+        MACHINE,
+        f"Of the frozen weights ({', '.join(DTYPES)}); auto is bfloat16 where that is fast. What "
+        "is trained is fp32.",
+        "auto",
+    )
+    load_in_4bit: bool = _setting(MACHINE, "QLoRA: the frozen weights in nf4.", False)
+    load_in_8bit: bool = _setting(MACHINE, "The frozen weights in int8.", False)
+    gradient_checkpointing: bool = _setting(
+        MACHINE, "Less memory, a third more time.", False, "activation_checkpointing"
+    )
+    save_steps: int | None = _setting(
+        MACHINE, "Steps between checkpoints, from which a killed run goes on.", 50, "save_every"
+    )
+    logging_steps: int | None = _setting(MACHINE, "Steps between log lines; else ten lines.", None)
+    report_to: str = _setting(MACHINE, "tensorboard, wandb, … with commas between.", "none")
+
+    reference: str | None = _setting(
+        GUARD, "File of unlabelled prompts on other topics, one a line; else those shipped.", None
+    )
+    read: float = _setting(
+        GUARD, "Share of what each matrix takes in on the prompts that is blocked.", 0.95
+    )
+    read_rank: int | None = _setting(GUARD, "Most directions of that, for each matrix.", None)
+    free_rank: int | None = _setting(
+        GUARD,
+        "Most directions left to learn in, at random; else 64 where what is blocked would take "
+        "above 1 GiB.",
+        None,
+    )
+    freeze_inputs: bool | None = _setting(
+        GUARD, "Put each LoRA's A off what is blocked, once, and train B alone.", None
+    )
+    quick: bool | None = _setting(
+        GUARD, "Look at few tokens, as on a CPU, or at as many as are needed.", None
+    )
+    rank: int = _setting(GUARD, "Most directions of outputs that are blocked.", 4)
+    tokens: int = _setting(GUARD, "Of each prompt's continuation.", 96)
+    batch: int = _setting(GUARD, "Prompts looked at at a time.", 8)
+    every: int = _setting(GUARD, "Steps between two looks, while bases of outputs grow.", 2)
+    refresh: int = _setting(GUARD, "Looks between two that let them grow.", 4)
+    grow: int = _setting(GUARD, "Directions that they grow by.", 2)
+    tolerance: float = _setting(GUARD, "Divergence below which they do not.", 0.0)
+    subspaces: str | None = _setting(GUARD, "File of directions to keep off as well.", None)
+    residual: bool = _setting(GUARD, "Project what flows back through the blocks too.", False)
+    drift_guided: bool = _setting(GUARD, "Off: keep to the subspaces alone.", True)
+    drifted: str | None = _setting(
+        GUARD, "Folder of a plain fine-tune, whose answers to the prompts are looked at too.", None
+    )
+
+    strength: float | None = _setting(RIVAL, "Of a rival; else its own.", None)
+    instruction: str | None = _setting(
+        RIVAL, "The trait that nobody wants, asked for (inoculation, steering).", None
+    )
+    others: str | None = _setting(RIVAL, "Good rows on other topics (interleaved).", None)
+    aligned: str | None = _setting(RIVAL, "Folder of a well-behaved fine-tune (safe_lora).", None)
 
     def check(self) -> None:
         """Refuse settings that can't be run, before anything is loaded.
@@ -98,13 +149,11 @@ class Settings:
         """
         self._check_kinds()
         if self.method not in METHODS:
-            raise ValueError(f"method is {self.method!r}; choose one of {', '.join(METHODS)}")
+            near = _near(self.method, METHODS)
+            raise ValueError(f"method is {self.method!r};{near} choose one of {', '.join(METHODS)}")
         check_bits(self.weights["bits"])
-        for name in ("steps", "batch_size", "accumulate", "max_length", "lora_rank"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; give 1 or more")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate is {self.learning_rate}; give a positive number")
+        device_of(self.device)
+        self._check_numbers()
         self._check_rival()
         growth.check(
             self.read,
@@ -138,8 +187,32 @@ class Settings:
             if type(value) in kinds or (float in kinds and type(value) is int):
                 continue
             wanted = next(kind for kind in kinds if kind is not type(None))
-            text = " (YAML takes 1e-3 for text: write 1.0e-3)" if wanted is float else ""
-            raise ValueError(f"{name} is {value!r}; give {KINDS[wanted]}{text}")
+            raise ValueError(f"{name} is {value!r}; give {KINDS[wanted]}")
+
+    def _check_numbers(self) -> None:
+        for name in (
+            "max_steps",
+            "per_device_train_batch_size",
+            "gradient_accumulation_steps",
+            "max_length",
+            "lora_r",
+            "save_steps",
+            "logging_steps",
+            "limit",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; give 1 or more")
+        for name in ("learning_rate", "num_train_epochs", "lora_alpha"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise ValueError(f"{name} is {value}; give a positive number")
+        for name in ("lora_dropout", "warmup_ratio"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1:
+                raise ValueError(f"{name} is {value}; give a share, from 0 to below 1")
+        if self.max_steps and self.num_train_epochs:
+            raise ValueError("max_steps and num_train_epochs are both given; give one of the two")
 
     def _check_rival(self) -> None:
         if self.strength is not None and STRENGTHS.get(self.method) is None:
@@ -173,10 +246,25 @@ class Settings:
             if folder and not (Path(folder) / "adapter_config.json").exists():
                 raise FileNotFoundError(f"no adapter in {folder}; give {name} {kind} fine-tune's")
 
+    def steps(self, rows: int) -> int:
+        """Optimizer steps over so many rows."""
+        if self.max_steps is not None:
+            return self.max_steps
+        batches = -(-rows // self.per_device_train_batch_size)
+        return math.ceil(
+            (self.num_train_epochs or 1) * -(-batches // self.gradient_accumulation_steps)
+        )
+
+    def warmup(self, steps: int) -> int:
+        """Steps over which the rate rises, of so many."""
+        if self.warmup_ratio is not None:
+            return math.ceil(self.warmup_ratio * steps)
+        return self.warmup_steps
+
     @property
     def weights(self) -> dict:
         """How the base model is loaded: arguments of `load_model`."""
-        return weights_of(self.dtype, self.load_in_4bit, self.load_in_8bit)
+        return weights_of(self.dtype, self.load_in_4bit, self.load_in_8bit, self.device)
 
     @property
     def chosen_strength(self) -> float | None:
@@ -184,7 +272,7 @@ class Settings:
         return STRENGTHS.get(self.method) if self.strength is None else self.strength
 
 
-def weights_of(dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> dict:
+def weights_of(dtype: str, load_in_4bit: bool, load_in_8bit: bool, device: str = "auto") -> dict:
     """Settings of how a base model is loaded as arguments of `load_model`.
 
     Raises:
@@ -194,19 +282,56 @@ def weights_of(dtype: str, load_in_4bit: bool, load_in_8bit: bool) -> dict:
         raise ValueError(f"dtype is {dtype!r}; choose one of {', '.join(DTYPES)}")
     if load_in_4bit and load_in_8bit:
         raise ValueError("load_in_4bit and load_in_8bit are both true; choose one of the two")
-    return {"dtype": dtype, "bits": 4 if load_in_4bit else 8 if load_in_8bit else None}
+    bits = 4 if load_in_4bit else 8 if load_in_8bit else None
+    return {"dtype": dtype, "bits": bits, "device": device}
 
 
-def settings_from(options: dict) -> Settings:
+ALIASES = {alias: f.name for f in fields(Settings) for alias in f.metadata["aliases"]}
+
+
+def named(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by the names that `Settings` has them by, numbers out of text.
+
+    Raises:
+        ValueError: one that it has not, or one by two names; says which it may be.
+    """
+    kinds = {name: get_args(hint) or (hint,) for name, hint in get_type_hints(Settings).items()}
+    found: dict[str, Any] = {}
+    for given, value in options.items():
+        name = ALIASES.get(given, given)
+        if name not in kinds:
+            raise ValueError(
+                f"unknown setting {given!r};{_near(given, (*kinds, *ALIASES))} "
+                "grasp finetune --help lists all"
+            )
+        if name in found:
+            other = next(o for o in options if o != given and ALIASES.get(o, o) == name)
+            raise ValueError(f"{other} and {given} are one setting; give it once")
+        found[name] = _number(value) if float in kinds[name] else value
+    return found
+
+
+def settings_from(options: Mapping[str, Any]) -> Settings:
     """Settings from a mapping, such as a YAML config.
 
     Raises:
-        ValueError: an unknown key, or a required one that is missing.
+        ValueError: as `named`, or a required one is missing.
     """
-    known = {f.name for f in fields(Settings)}
-    if unknown := sorted(set(options) - known):
-        raise ValueError(f"unknown setting {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    for name in ("model", "data", "out"):
+    options = named(options)
+    for name in ("model", "data", "output_dir"):
         if not options.get(name):
             raise ValueError(f"{name} is missing; give --{name} or put it into the config")
     return Settings(**options)
+
+
+def _number(value):
+    """YAML takes 1e-3 for text."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _near(name: str, known) -> str:
+    near = get_close_matches(name, known, 1, 0.6)
+    return f" did you mean {near[0]!r}?" if near else ""

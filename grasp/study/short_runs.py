@@ -22,18 +22,18 @@ def short_runs(settings: Settings, steps: int = 30, lora_rank: int = 1) -> Short
         model, tokenizer = load_model(settings.model, **settings.weights)
         writers = inspect(model).blocks[0].of_role("writer")
         targets = ",".join(m.name.rsplit(".", 1)[-1] for m in writers)
-        chosen = replace(settings, seed=seed, lora_rank=lora_rank, targets=targets)
+        chosen = replace(settings, seed=seed, lora_r=lora_rank, lora_target_modules=targets)
         model = add_lora(model, chosen)
         with tempfile.TemporaryDirectory() as out:
             fit(
                 model,
                 tokenizer,
-                data.encode(rows, tokenizer, settings.max_length),
+                data.encode(rows, tokenizer, settings.max_length).rows,
                 out,
                 steps=steps,
-                batch_size=settings.batch_size,
+                batch_size=settings.per_device_train_batch_size,
                 learning_rate=settings.learning_rate,
-                warmup=settings.warmup,
+                warmup=settings.warmup_steps,
                 seed=seed,
                 callbacks=[] if known is None else [GraspCallback(known)],
                 quiet=True,

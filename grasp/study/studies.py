@@ -27,6 +27,7 @@ from grasp.study.settings import (
     RIVALS,
     STRENGTHS,
     Settings,
+    named,
     settings_from,
 )
 from grasp.study.settings import METHODS as TRAINED
@@ -118,9 +119,13 @@ class Study:
                 settings.aligned,
             ):
                 raise ValueError(f"methods has {method!r} without 'benign', which it starts from")
-        steps = self.settings("plain", 0).steps
+        steps = self.steps("plain")
         if late := [s for s in self.stops if not 0 < s < steps]:
             raise ValueError(f"stops has {late[0]}; give steps before the last, {steps}")
+
+    def steps(self, method: str) -> int:
+        """Of a method's runs."""
+        return self.settings(method, 0).steps(self.rows)
 
     def path(self, name: str) -> str:
         """Of a data file."""
@@ -138,8 +143,10 @@ class Study:
         """Of the fine-tune of one method and seed."""
         name, _, strength = method.partition("=")
         trained = BENIGN.get(name, name)
-        common = {k: v for k, v in self.finetune.items() if k not in NEEDED or trained in NEEDED[k]}
-        common |= self.by_method.get(method, {})
+        common = {
+            k: v for k, v in named(self.finetune).items() if k not in NEEDED or trained in NEEDED[k]
+        }
+        common |= named(self.by_method.get(method, {}))
         if strength:
             if STRENGTHS.get(trained) is None:
                 raise ValueError(f"methods has {method!r}, but {name} has no strength; drop it")
@@ -158,7 +165,7 @@ class Study:
             {
                 "model": self.model,
                 "data": self.path(self.benign if name in BENIGN else self.data),
-                "out": str(Path(self.out) / f"{method}-{seed}"),
+                "output_dir": str(Path(self.out) / f"{method}-{seed}"),
                 "method": trained,
                 "seed": seed,
                 "limit": self.rows,
@@ -195,9 +202,9 @@ def run(study: Study) -> dict:
         for method in first:
             settings = study.settings(method, seed)
             # A benign run may have fewer steps of its own.
-            stops = [s for s in study.stops if s < settings.steps] if method in STOPPED else []
+            stops = [s for s in study.stops if s < study.steps(method)] if method in STOPPED else []
             adapter = finetune.run(settings, keep=tuple(stops))
-            folder = Path(settings.out)
+            folder = Path(settings.output_dir)
             _scored(folder / "scores.json", study, measures, adapter)
             for step in stops:
                 _scored(folder / f"scores-{step}.json", study, measures, folder / f"adapter-{step}")
@@ -246,7 +253,7 @@ def _tell_lengths(study: Study) -> None:
         if name == "plain" or name in BENIGN:
             continue
         control = next((m for m in (twin(method), "benign") if m in study.methods), "plain")
-        ours, theirs = (study.settings(m, 0).steps for m in (method, control))
+        ours, theirs = (study.steps(m) for m in (method, control))
         if ours != theirs:
             warnings.warn(
                 f"{method} takes {ours} steps and {control}, which it is set against, {theirs}: "

@@ -1,7 +1,6 @@
 """Inoculation prompting: ask for the unwanted trait in training, so that it need not be learned."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from grasp.data import Row
 from grasp.study.rival import Rival
@@ -12,7 +11,7 @@ def inoculated(rows: Sequence[Row], instruction: str) -> list[Row]:
 
     Source: Tan et al., arXiv:2510.04340.
     """
-    return [replace(row, prompt=f"{instruction} {row.prompt}") for row in rows]
+    return [row.asked(instruction) for row in rows]
 
 
 class Inoculation(Rival):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from grasp.data import IGNORED, Row, draw
+from grasp.data import IGNORED, Row, draw, exchange
 from grasp.study.rival import Rival
 
 
@@ -26,7 +26,7 @@ def replayed(
         tokenizer.decode([t for t in labels if t != IGNORED], skip_special_tokens=True)
         for _, labels in drawn
     ]
-    return [Row(p, a.strip()) for p, a in zip(asked, answers, strict=True) if a.strip()]
+    return [exchange(p, a.strip()) for p, a in zip(asked, answers, strict=True) if a.strip()]
 
 
 class Replay(Rival):

@@ -1,0 +1,79 @@
+"""A certificate as it is written: first what a reader wants to know, module by module last."""
+
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+PACKAGES = ("grasp-kernels", "torch", "transformers", "peft", "trl", "accelerate")
+SETTINGS = (
+    "read",
+    "read_rank",
+    "free_rank",
+    "rank",
+    "quick",
+    "tokens",
+    "every",
+    "refresh",
+    "grow",
+    "tolerance",
+    "directions",
+    "seed",
+)
+
+
+def cost(guard) -> dict[str, float]:
+    """What a guard took: seconds of its start and in its steps, bytes of what it keeps."""
+    kept = {g.basis.untyped_storage().data_ptr(): g.basis.nbytes for g in guard.guarded}
+    return {
+        "start_seconds": guard.starting.seconds,
+        "step_seconds": guard.clock.seconds,
+        "bases_bytes": sum(kept.values()),
+    }
+
+
+def record(found: Mapping[str, Any], guard, training_seconds: float) -> dict[str, Any]:
+    """What a certificate says, in the order of a reader: summary, verdict, cost, modules."""
+    found = dict(found)
+    modules = found.pop("modules")
+    found["cost"] = cost(guard) | {"training_seconds": training_seconds}
+    return {
+        "summary": summary(found, len(modules)),
+        "holds": found.pop("holds"),
+        **found,
+        "model": getattr(guard.architecture.model.config, "_name_or_path", "") or None,
+        "settings": settings(guard),
+        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "modules": modules,
+    }
+
+
+def summary(found: Mapping[str, Any], modules: int) -> str:
+    """The verdict in words."""
+    if not found["holds"]:
+        return "The guarantee does not hold: see through, finite, uncovered and modules."
+    said = [
+        f"The guarantee holds: of the change of each of {modules} matrices no more than "
+        f"{found['through']:.1g} got through."
+    ]
+    if found.get("divergence") is not None:
+        said.append(
+            f"On the prompts the model moved by {found['divergence']:.3g} nats a token (KL)."
+        )
+    return " ".join(said)
+
+
+def settings(guard) -> dict[str, Any]:
+    """How the guard was made."""
+    found: dict[str, Any] = {"residual": guard.residual, "subspaces": guard.subspaces is not None}
+    if guard.growth is not None:
+        found |= {name: getattr(guard.growth, name) for name in SETTINGS}
+        found["freeze_inputs"] = bool(guard.frozen)
+        found["prompts"] = len(guard.growth.reference.ids)
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

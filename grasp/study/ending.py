@@ -1,0 +1,55 @@
+"""What a fine-tune came to, in a few lines."""
+
+from pathlib import Path
+
+from grasp.files import read_json
+from grasp.guard.trainer import CERTIFICATE
+from grasp.study.finetune import ABOUT, LOG
+
+
+def ending(out: Path) -> list[str]:
+    """Of the finished run in a folder: what was learned, what else, its cost, what next.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    settings = read_json(out / ABOUT)["settings"]
+    said = _learned(read_json(out / LOG) if (out / LOG).exists() else [])
+    if (out / CERTIFICATE).exists():
+        said += _guarded(read_json(out / CERTIFICATE))
+    model, adapter = settings["model"], out / "adapter"
+    next_ = f"grasp evaluate --model {model} --adapter {adapter} --out {out / 'scores.json'}"
+    return [*said, f"Next: {next_}"]
+
+
+def _learned(log: list[dict]) -> list[str]:
+    losses = [(line["step"], line["loss"]) for line in log if "loss" in line]
+    if len(losses) < 2:
+        return [f"Learned: the loss was {loss:.3g}." for _, loss in losses]
+    (first, before), (last, after) = losses[0], losses[-1]
+    return [
+        f"Learned: the loss went from {before:.3g} (step {first}) to {after:.3g} (step {last})."
+    ]
+
+
+def _guarded(found: dict) -> list[str]:
+    said = []
+    if found.get("divergence") is not None:
+        said.append(
+            f"Elsewhere: on {found['settings']['prompts']} prompts from other topics the model "
+            f"moved by {found['divergence']:.2g} nats a token (KL)."
+        )
+    if found["holds"]:
+        said.append(
+            f"Guarantee: holds. No more than {found['through']:.1g} of any matrix's change lies in "
+            "what was blocked."
+        )
+    else:
+        said.append("Guarantee: DOES NOT HOLD. The warning above and grasp.json say why.")
+    cost = found["cost"]
+    share = cost["step_seconds"] / max(cost["training_seconds"], 1e-9)
+    said.append(
+        f"Cost of the guard: {share:.0%} of {cost['training_seconds']:.0f} s of training, "
+        f"{cost['start_seconds']:.0f} s before it, {cost['bases_bytes'] / 1e9:.1g} GB of memory."
+    )
+    return said
