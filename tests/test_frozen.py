@@ -8,6 +8,7 @@ import torch
 
 import grasp
 from grasp import Guard
+from grasp.bases.spectrum import complement
 from grasp.guard import frozen
 from tests.models import FAMILIES, PROMPTS, batch, build, subspaces, train, trainable, with_lora
 
@@ -25,10 +26,11 @@ def factors(model) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def tracked_bases(family="llama", **options) -> dict[str, torch.Tensor]:
-    """V of the same model and prompts, kept: what frozen inputs must be off."""
+    """V of the same model and prompts, in fp64: what frozen inputs must be off."""
     model = lora(family, **options)
     with Guard(model, freeze_inputs=False, **OPTIONS) as guard:
-        return {n: V.double() for n, V in guard.bases.items() if "lora_A" in n}
+        found = {g.name: (g.basis.double(), g.inside) for g in guard.guarded if "lora_A" in g.name}
+    return {name: complement(D) if inside else D for name, (D, inside) in found.items()}
 
 
 def through(model, V) -> float:

@@ -223,13 +223,14 @@ def test_what_is_left_alone_where_inputs_are_wide(monkeypatch, seen, asked):
     by_all = spectrum.choose(moments, asked)
     monkeypatch.setattr(spectrum, "WIDEST", 1)
     by_last = spectrum.choose(moments, asked)
-    assert by_last.complement == (seen == 600)  # the fewer say nothing of the last
+    assert by_last.complement == (2 * by_last.rank > d)
     for rows, said in ((held, by_last.share), (X, by_last.sample)):
         unit = torch.nn.functional.normalize(rows, dim=1).mT.double()
         assert said == pytest.approx(share(by_last.V, unit), abs=1e-5)
     assert by_last.share >= min(asked, by_all.share) - 1e-5
     m = d - by_last.rank
-    if by_last.complement:  # one more of W's directions, if it may have more, would hold too much
+    if seen == 600:  # the fewer say nothing of the last
+        # One more of W's directions, if it may have more, would hold too much.
         assert m == d // 4 or by_last.share - asked < 2 * (1 - by_last.share) / m
         assert (1 - by_last.share) / m < 0.6 / d  # a random direction holds 1 / d
     torch.testing.assert_close(by_last.V.mT @ by_last.V, torch.eye(by_last.rank), atol=1e-5, rtol=0)

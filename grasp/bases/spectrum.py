@@ -16,6 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -94,7 +95,7 @@ def _panels(d: int) -> list[tuple[int, int]]:
 
 @dataclass(frozen=True)
 class InputBasis:
-    """What is blocked of a map's inputs: `V`, or where it is most of the space `W`, the rest."""
+    """What is blocked of a map's inputs: `V`, or `W`, the rest, where that is smaller."""
 
     directions: Tensor  # [d, k] or [d, d − k], fp32, orthonormal
     complement: bool
@@ -117,8 +118,11 @@ class InputBasis:
     def inside(self, T: Tensor) -> Tensor:
         """T V Vᵀ of `T [n, d]`, in T's dtype."""
         D = self.directions.to(T.device).to(T.dtype)  # in this order: MPS has no fp64
-        along = T @ D @ D.mT
-        return T - along if self.complement else along
+        if not self.complement:
+            return T @ D @ D.mT
+        for _ in range(2):  # W is orthonormal to rounding alone
+            T = T - T @ D @ D.mT
+        return T
 
 
 def complement(basis: Tensor) -> Tensor:
@@ -150,26 +154,38 @@ def choose(
             found = _free(C, moments, energy, free)
         if found is None and d > WIDEST:
             found = _others(C, moments, energy)
-    others = found is not None
-    D, inside, along = found or _leading(C, moments, energy, rank, bottom)
-    if free is not None and free < (D.shape[1] if others else d - D.shape[1]):
-        D, inside, along = _few(C, moments, D, others, free)
-        others = True
-    sample = inside / max(float(C.diagonal().sum()), TINY)
-    share = along / moments.total if moments.total else sample
-    if others:
+    found = found or _leading(C, moments, energy, rank, bottom)
+    if free is not None and free < found.left:
+        found = _few(C, moments, found, free)
+    sample = found.inside / max(float(C.diagonal().sum()), TINY)
+    share = found.along / moments.total if moments.total else sample
+    if found.others:
         share, sample = 1 - share, 1 - sample
-    D = in_vectors(D).to(moments.C.device)
-    return InputBasis(D, others, share, sample, moments.count)
+    D = in_vectors(found.D).to(moments.C.device)
+    return InputBasis(D, found.others, share, sample, moments.count)
 
 
-def _few(
-    C: Tensor, moments: Moments, D: Tensor, others: bool, free: int
-) -> tuple[Tensor, float, float]:
-    """As `_leading` of W `[d, free]`: random directions off V, or of those that are left."""
-    n = D.shape[1] if others else len(C)
+class _Found(NamedTuple):
+    """V, or W if it is the `others`, with what it holds."""
+
+    D: Tensor  # [d, k] or [d, d − k]
+    others: bool
+    inside: float  # tr(Dᵀ C D)
+    along: float  # of held-out inputs, or as `inside` if there are none
+
+    @property
+    def left(self) -> int:
+        """d − k"""
+        d, n = self.D.shape
+        return n if self.others else d - n
+
+
+def _few(C: Tensor, moments: Moments, found: _Found, free: int) -> _Found:
+    """W `[d, free]`: random directions off V, or of those that are left."""
+    D = found.D
+    n = D.shape[1] if found.others else len(C)
     drawn = torch.randn(n, free, generator=torch.Generator().manual_seed(0)).to(C)
-    if others:
+    if found.others:
         drawn = D @ drawn
     else:
         for _ in range(2):
@@ -177,13 +193,11 @@ def _few(
     W = torch.linalg.qr(drawn.double()).Q.to(C)  # once more at each step: A W Wᵀ is to keep ‖A‖
     lower = C.tril()
     inside = 2 * (W * (lower @ W)).sum() - (C.diagonal()[:, None] * W.square()).sum()
-    return W, float(inside), float(moments.along(W).sum())
+    return _Found(W, True, float(inside), float(moments.along(W).sum()))
 
 
-def _leading(
-    C: Tensor, moments: Moments, energy: float, rank: int | None, bottom: bool
-) -> tuple[Tensor, float, float]:
-    """V by way of all eigenvectors, tr(Vᵀ C V), and what V holds of what is held out."""
+def _leading(C: Tensor, moments: Moments, energy: float, rank: int | None, bottom: bool) -> _Found:
+    """V by way of all eigenvectors, or W where that is smaller."""
     values, vectors = torch.linalg.eigh(C)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     d = len(C)
@@ -192,13 +206,15 @@ def _leading(
     k = int((each.double().cumsum(0) < energy * total).sum()) + 1
     most = int((values > NOISE * values[0]).sum())
     k = min(k, most, d - -(-d // ROOM), d if rank is None else rank)
-    chosen = slice(d - k, None) if bottom else slice(k)
-    V = torch.linalg.qr(vectors[:, chosen]).Q
-    return V, float(values[chosen].sum()), float(each[chosen].sum())
+    others = d - k < k
+    m = d - k if others else k
+    chosen = slice(d - m, None) if bottom != others else slice(m)
+    D = torch.linalg.qr(vectors[:, chosen]).Q
+    return _Found(D, others, float(values[chosen].sum()), float(each[chosen].sum()))
 
 
-def _others(C: Tensor, moments: Moments, energy: float) -> tuple[Tensor, float, float] | None:
-    """As `_leading` of W, a quarter of the space at most; None if so few inputs leave more empty.
+def _others(C: Tensor, moments: Moments, energy: float) -> _Found | None:
+    """W, a quarter of the space at most; None if so few inputs leave more empty.
 
         (C + ε) Y = Ω [d, d/4],    Y = W R    ⇒    C W = (Ω − ε Y) R⁻¹
 
@@ -215,13 +231,11 @@ def _others(C: Tensor, moments: Moments, energy: float) -> tuple[Tensor, float, 
     total = moments.total or float(C.diagonal().sum())
     few = int((each.double().cumsum(0) <= (1 - energy) * total).sum())
     m = max(d - count, -(-d // ROOM), few)
-    return W[:, :m].contiguous(), float(inside[:m].sum()), float(each[:m].sum())
+    return _Found(W[:, :m].contiguous(), True, float(inside[:m].sum()), float(each[:m].sum()))
 
 
-def _free(
-    C: Tensor, moments: Moments, energy: float, free: int
-) -> tuple[Tensor, float, float] | None:
-    """As `_leading` of W `[d, free]`; None if V would hold less than it is to.
+def _free(C: Tensor, moments: Moments, energy: float, free: int) -> _Found | None:
+    """W `[d, free]`; None if V would hold less than it is to.
 
         (C + ε) Y = Ω [d, free],    ε = (1 − energy) / 3 · tr C / d
 
@@ -234,7 +248,8 @@ def _free(
     W, each = found
     along = float((moments.along(W) if moments.total else each).sum())
     total = moments.total or float(C.diagonal().sum())
-    return (W, float(each.sum()), along) if along <= (1 - energy) * total else None
+    enough = along <= (1 - energy) * total
+    return _Found(W, True, float(each.sum()), along) if enough else None
 
 
 def _through_inverse(C: Tensor, ridge: float, count: int) -> tuple[Tensor, Tensor] | None:
