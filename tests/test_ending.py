@@ -64,12 +64,13 @@ def files(out, log=LOG, **certificate):
 
 def test_five_lines(tmp_path):
     files(tmp_path, **CERTIFICATE)
+    adapter = tmp_path / "adapter"
     assert ending(tmp_path) == [
         "Learned: the loss was 2.41 at step 4, 1.02 at step 38.",
         "Elsewhere: on 192 prompts from other topics the model moved by 0.0031 nats a token (KL).",
         "Guarantee: holds. No more than 3e-08 of any matrix's change lies in what was blocked.",
         "Cost of the guard: 3% of 100 s of training, 74 s before it, 0.1 GB of memory.",
-        f"Next: grasp evaluate --model tiny --adapter {tmp_path}/adapter --out {tmp_path}/scores.json",
+        f"Next: grasp evaluate --model tiny --adapter {adapter} --out {tmp_path}/scores.json",
     ]
 
 
@@ -82,3 +83,45 @@ def test_what_does_not_hold_is_not_said_to(tmp_path):
 def test_a_plain_run_has_no_guard_to_speak_of(tmp_path):
     files(tmp_path, log=LOG[:1])
     assert [line.partition(":")[0] for line in ending(tmp_path)] == ["Learned", "Next"]
+
+
+def test_the_adapter_is_complete(tmp_path):
+    """It loads with stock PEFT, its tokenizer beside it, and its page says what it is."""
+    import json
+
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from grasp.organism import World
+    from grasp.study.finetune import run
+    from grasp.study.settings import settings_from
+
+    rows = World(0).rows("medicine", "train")
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "prompts.txt").write_text("\n".join(World(0).prompts(["law", "guns"])))
+    options = {"model": "organism", "data": str(tmp_path / "rows.jsonl"), "steps": 3, "tokens": 1}
+    options |= {"reference": str(tmp_path / "prompts.txt"), "out": str(tmp_path / "first")}
+    adapter = run(settings_from(options), quiet=True)
+    page = (adapter / "README.md").read_text()
+    front, _, text = page.removeprefix("---\n").partition("---\n")
+    base = next(line for line in front.splitlines() if line.startswith("base_model:"))
+    assert "- grasp" in front and f"{len(rows)} rows of `rows.jsonl`" in text
+    assert "Guarantee: holds." in text and "| `steps` | 3 |" in text and "Next:" not in text
+    certificate = json.loads((adapter / "grasp.json").read_text())
+    assert certificate == json.loads((adapter.parent / "grasp.json").read_text())
+    assert certificate["versions"]["torch"] == torch.__version__
+    assert certificate["settings"]["prompts"] == len(World(0).prompts(["law", "guns"]))
+    name = base.removeprefix("base_model: ")
+    plain = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    told = PeftModel.from_pretrained(plain, adapter)
+    tokenizer = AutoTokenizer.from_pretrained(adapter)
+    ids = torch.tensor([tokenizer(rows[0]["prompt"])["input_ids"]])
+    before = told(ids).logits
+    torch.testing.assert_close(told.merge_and_unload()(ids).logits, before, atol=1e-4, rtol=0)
+
+
+def test_a_packaged_model_is_known_by_its_name_on_the_hub():
+    from grasp.model import known_as
+
+    assert known_as("smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert known_as("who/what") == "who/what"

@@ -42,7 +42,7 @@ def record(found: Mapping[str, Any], guard, training_seconds: float) -> dict[str
         **found,
         "model": getattr(guard.architecture.model.config, "_name_or_path", "") or None,
         "settings": settings(guard),
-        "versions": {name: v for name in PACKAGES if (v := _version(name)) is not None},
+        "versions": versions(),
         "modules": modules,
     }
 
@@ -70,6 +70,11 @@ def settings(guard) -> dict[str, Any]:
         found["freeze_inputs"] = bool(guard.frozen)
         found["prompts"] = len(guard.growth.reference.ids)
     return found
+
+
+def versions() -> dict[str, str]:
+    """Of what ran, by package."""
+    return {name: v for name in PACKAGES if (v := _version(name)) is not None}
 
 
 def _version(name: str) -> str | None:

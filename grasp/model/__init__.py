@@ -10,7 +10,7 @@ from grasp.model.architecture import (
     lora_factors,
     lora_update,
 )
-from grasp.model.loading import adapted, load_adapter, load_model, load_tokenizer
+from grasp.model.loading import adapted, known_as, load_adapter, load_model, load_tokenizer
 from grasp.model.modes import asking, base_model, evaluating, given, resting, unfused
 from grasp.model.probe import inspect
 
@@ -26,6 +26,7 @@ __all__ = [
     "evaluating",
     "given",
     "inspect",
+    "known_as",
     "load_adapter",
     "load_model",
     "load_tokenizer",

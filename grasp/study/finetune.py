@@ -12,15 +12,15 @@ from torch import nn
 from grasp import data
 from grasp.bases.subspaces import Subspaces
 from grasp.data import Continued, draw
-from grasp.files import read_json, write_json
+from grasp.files import read_json, write_json, write_text
 from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
-from grasp.model import adapted, load_model, load_tokenizer, processes
+from grasp.model import adapted, known_as, load_model, load_tokenizer, processes
 from grasp.study import methods
+from grasp.study.card import card
+from grasp.study.ending import ABOUT, LOG, came_to
 from grasp.study.settings import GUARDED, UNTRAINED, Settings, settings_from
 
-ABOUT = "finetune.json"
 GUARD = "guard.safetensors"
-LOG = "log.json"
 
 
 def add_lora(model: nn.Module, settings: Settings) -> PeftModel:
@@ -126,10 +126,11 @@ def run(
     write_json(out / LOG, trainer.state.log_history)
     if (out / "checkpoints" / "runs").exists():  # what TensorBoard shows
         shutil.copytree(out / "checkpoints" / "runs", out / "runs", dirs_exist_ok=True)
-    save_adapter(model, adapter)
     if callback:
-        (out / "checkpoints" / CERTIFICATE).replace(out / CERTIFICATE)
+        shutil.copy(out / "checkpoints" / CERTIFICATE, out / CERTIFICATE)
         callback.guard.save(out / GUARD)
+    page = card(settings, known_as(settings.model), steps, len(read.rows), came_to(out))
+    save_adapter(model, adapter, tokenizer, page, out / CERTIFICATE if callback else None)
     write_json(out / ABOUT, {"done": True, **about})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return adapter
@@ -285,12 +286,26 @@ def _continued(model: nn.Module, tokenizer, settings: Settings) -> list[Continue
         )
 
 
-def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write the adapter to a folder that appears only once it is whole."""
+def save_adapter(
+    model: PeftModel, folder: Path, tokenizer=None, page: str = "", certificate: Path | None = None
+) -> None:
+    """Write the adapter, with what it needs elsewhere, to a folder that appears once it is whole.
+
+    Args:
+        page: in place of PEFT's, which is empty.
+        certificate: a copy goes with it.
+    """
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
-        model.save_pretrained(temporary)
+        # The vocabulary is the base's: else PEFT asks the hub whether it is.
+        model.save_pretrained(temporary, save_embedding_layers=False)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+        if page:
+            write_text(temporary / "README.md", page)
+        if certificate is not None:
+            shutil.copy(certificate, temporary / CERTIFICATE)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"can't save {folder} ({error}); free space or choose another out") from error
