@@ -1,6 +1,7 @@
 """GRASP: fine-tune without picking up what nobody asked for."""
 
 from importlib import import_module
+from importlib.metadata import version
 
 from grasp.bases.discover import discover
 from grasp.bases.subspaces import Subspaces
@@ -23,7 +24,13 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return [*globals(), "GraspCallback", "__version__"]
+
+
 def __getattr__(name: str):
     if name == "GraspCallback":  # imported when first used: it loads transformers' Trainer
         return import_module("grasp.guard.trainer").GraspCallback
+    if name == "__version__":
+        return version("grasp-kernels")
     raise AttributeError(f"module 'grasp' has no attribute {name!r}")

@@ -42,7 +42,7 @@ def wide(monkeypatch):
 
 def test_installed_command_refuses_with_its_exit_code():
     done = subprocess.run(
-        [sys.executable, "-m", "grasp.cli", "discover", "none"], capture_output=True, text=True
+        [sys.executable, "-m", "grasp", "discover", "none"], capture_output=True, text=True
     )
     assert done.returncode == 1 and done.stdout == ""
     assert done.stderr.startswith("grasp: no adapter in none")
@@ -63,6 +63,15 @@ def guarded(tmp_path_factory):
     done = grasp("finetune", "--config", folder / "run.yaml", "--out", folder / "run", "--seed", 1)
     assert done.returncode == 0, done.stderr
     return folder
+
+
+def test_version():
+    import grasp as package
+
+    done = grasp("--version")
+    assert done.returncode == 0 and done.stdout == f"grasp-kernels {package.__version__}\n"
+    assert {"GraspCallback", "__version__", "Guard"} <= set(dir(package))
+    assert "finetune" in grasp("--help").stdout
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -2,6 +2,8 @@
 
 import logging
 import sys
+from importlib.metadata import version as installed
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -26,6 +28,17 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
 )
+
+
+@app.callback(invoke_without_command=True)
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Say which version this is.")] = False,
+) -> None:
+    if version:
+        print(f"grasp-kernels {installed('grasp-kernels')}")
+        raise typer.Exit
+
+
 for command in (demo, finetune, discover, evaluate, compare, screen, report, doctor):
     epilog = METHODS_HELP if command in (finetune, compare) else None
     app.command(epilog=epilog, context_settings=NAMES)(command)

@@ -1,0 +1,3 @@
+from grasp.cli import main
+
+main()
