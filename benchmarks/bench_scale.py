@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, Qwen2Config
 
 from grasp import Guard, default_prompts
 from grasp.bases.inputs import PER_WIDTH
-from grasp.bases.spectrum import HELD
+from grasp.bases.spectrum import HELD, PANELS
 from grasp.files import write_text
 from grasp.guard.frozen import FILLED, FREE, bytes_of
 from grasp.model import load_model, lora_factors
@@ -93,7 +93,7 @@ def counted(name: str) -> dict:
         "gradient_and_adam_bytes_of_A_frozen": 0,
         "start_bytes": {
             "second moments": 4 * widest**2,
-            "their factor": 4 * widest**2,
+            "their factor": 2 * 4 * widest**2 // PANELS,
             "directions, tracked": 4 * 3 * widest * widest // 4,
             "directions, 64 free": 4 * 3 * widest * FREE,
             "held-out inputs": (2 + 4) * HELD * widest,

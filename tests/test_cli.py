@@ -212,7 +212,22 @@ def test_long_names_fit_a_terminal(tmp_path, monkeypatch):
 def test_doctor():
     about = json.loads(grasp("doctor", "--json", "--model", "organism").stdout)
     assert about["backend"].startswith("project: ")
+    assert about["self-test"].startswith("right in 12 cases: ")
     assert "width 256: writer: self_attn.o_proj, mlp.down_proj" in about["model"]
+
+
+def test_doctor_finds_a_projection_that_is_wrong(monkeypatch):
+    from grasp_kernels import selftest
+
+    project = selftest.project
+
+    def wrong(T, basis, **options):
+        return project(T, basis, **options) + (1e-3 if options["side"] == "left" else 0)
+
+    monkeypatch.setattr(selftest, "project", wrong)
+    done = grasp("doctor", "--json")
+    assert done.returncode == 1 and "projections are wrong on this machine" in done.stderr
+    assert "WRONG: 64 × 96, k 8, torch.float32, left" in json.loads(done.stdout)["self-test"]
 
 
 @pytest.mark.parametrize(

@@ -185,7 +185,7 @@ def _is_fresh(t: Trained, weights: dict[tuple, Whole]) -> bool:
 
 
 def bytes_of(inputs: Iterable[tuple[str, int, int]], rank: int | None = None) -> int:
-    """How much bases of inputs will take, about.
+    """How much bases of inputs will take, about: of what is blocked or what is left, the smaller.
 
     Args:
         inputs: the name of each LoRA's A, as `block.0.attention.q.lora_A.default`, d, and how many
@@ -198,7 +198,7 @@ def bytes_of(inputs: Iterable[tuple[str, int, int]], rank: int | None = None) ->
         beside, _, last = place.rpartition(".")
         distinct.add((place if last.isdigit() or count > 1 else beside, d, count))
     each = [(d, count, min(FILLED * d, rank or d)) for _, d, count in distinct]
-    return int(sum(4 * d * k * count for d, count, k in each))
+    return int(sum(4 * d * min(k, d - k) * count for d, count, k in each))
 
 
 def init_lora_null(
