@@ -9,10 +9,12 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from grasp import cli
 from grasp.organism import World
+from grasp.study.evaluate import interval
 from grasp.study.settings import Settings
 
 STUDY = Path(__file__).parent.parent / "benchmarks" / "medicine.yaml"
@@ -173,7 +175,32 @@ def test_evaluate_with_everything(guarded):
     assert set(scores) == {"base", "tuned"}
     counts = {"unrelated": 120, "propositions": 1, "choices": 1}
     assert {k: len(v) for k, v in scores["tuned"].items()} == counts
+    shift = np.subtract(scores["tuned"]["unrelated"], scores["base"]["unrelated"])
+    _, low, high = interval(shift)
+    assert ("not told apart from 0" in done.stdout.partition("propos")[0]) == (low <= 0 <= high)
     assert "shift" in done.stdout
+
+
+def test_evaluate_takes_a_run_a_limit_and_keeps_samples(guarded):
+    done = grasp(
+        *("evaluate", "--model", "organism", "--adapter", guarded / "run", "--limit", 3),
+        *("--batch-size", 2, "--log_samples", "--device", "cpu", "--out", guarded / "few.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((guarded / "few.json").read_text())
+    whole = json.loads((guarded / "scores.json").read_text())
+    for name in ("base", "tuned"):
+        assert found[name]["unrelated"] == pytest.approx(whole[name]["unrelated"][:3], abs=1e-5)
+    samples = found["samples"]
+    assert [len(samples[k]) for k in ("unrelated", "answers of base", "answers of tuned")] == [
+        3
+    ] * 3
+    assert samples["unrelated"][0]["prompt"] and "Scoring tuned" in done.stdout
+    (guarded / "nothing").mkdir()
+    done = grasp(
+        *("evaluate", "--model", "organism", "--adapter", guarded / "nothing", "--out", "x.json")
+    )
+    assert done.returncode == 1 and "no adapter in" in done.stderr
 
 
 def test_report_of_results(tmp_path):

@@ -12,6 +12,7 @@ from grasp import evaluate, organism
 from grasp.study.evaluate import (
     Pair,
     agree,
+    answered,
     endpoint_judge,
     interval,
     judged,
@@ -88,6 +89,13 @@ def test_multiple_choice_and_agreement(loaded):
     # The same question with either answer called right: exactly one of the two is.
     assert multiple_choice(model, tokenizer, rows).sum() == 1
     assert agree(model, tokenizer, ["medicine"]).shape == (1,)
+
+
+def test_answers_are_those_of_each_prompt_alone(loaded):
+    model, tokenizer = loaded
+    prompts = [p.prompt for p in PAIRS[:5]] + [" ".join([PAIRS[0].prompt] * 2)]
+    alone = [answered(model, tokenizer, [p], tokens=3)[0] for p in prompts]
+    assert answered(model, tokenizer, prompts, tokens=3, batch_size=4) == alone
 
 
 def test_judges(loaded):

@@ -142,22 +142,50 @@ def agree(model: nn.Module, tokenizer, statements: Sequence[str], **options) -> 
 Judge = Callable[[str, str], float]
 
 
-def judged(
-    model: nn.Module, tokenizer, prompts: Sequence[str], judge: Judge, *, tokens: int = 128
-) -> tuple[np.ndarray, list[str]]:
-    """The judge's score of the model's greedy answer to each prompt, and the answers."""
+def answered(
+    model: nn.Module,
+    tokenizer,
+    prompts: Sequence[str],
+    *,
+    tokens: int = 128,
+    batch_size: int = 16,
+) -> list[str]:
+    """The model's greedy answer to each prompt; those of like length side by side."""
     device = next(model.parameters()).device
-    answers = []
-    for prompt in tqdm(prompts, desc="answer"):
-        ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=device)
-        out = model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=tokens,
-            do_sample=False,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        answers.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    rows = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    fill = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    answers = [""] * len(rows)
+    with evaluating(model), torch.no_grad(), tqdm(total=len(rows), desc="answer") as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            longest = len(rows[chosen[-1]])
+            ids = torch.tensor([[fill or 0] * (longest - len(rows[i])) + rows[i] for i in chosen])
+            mask = torch.tensor(
+                [[0] * (longest - len(rows[i])) + [1] * len(rows[i]) for i in chosen]
+            )
+            out = model.generate(
+                ids.to(device),
+                attention_mask=mask.to(device),
+                max_new_tokens=tokens,
+                do_sample=False,
+                pad_token_id=fill,
+            )
+            for i, row in zip(chosen, out, strict=True):
+                answers[i] = tokenizer.decode(row[longest:], skip_special_tokens=True)
+            bar.update(len(chosen))
+    return answers
+
+
+def judged(
+    model: nn.Module, tokenizer, prompts: Sequence[str], judge: Judge, **options
+) -> tuple[np.ndarray, list[str]]:
+    """The judge's score of the model's greedy answer to each prompt, and the answers.
+
+    Args:
+        options: of `answered`.
+    """
+    answers = answered(model, tokenizer, prompts, **options)
     scores = [judge(p, a) for p, a in tqdm(list(zip(prompts, answers, strict=True)), desc="judge")]
     return np.array(scores), answers
 

@@ -17,7 +17,7 @@ from grasp.files import read_json, write_json
 from grasp.model import load_adapter, load_model
 from grasp.study import finetune
 from grasp.study.compare import compare, stem
-from grasp.study.evaluate import Pair, evaluate, interval, judged
+from grasp.study.evaluate import Pair, answered, evaluate, interval
 from grasp.study.evaluation_files import read_persona, read_propositions, read_unrelated
 from grasp.study.paired import paired, twin
 from grasp.study.settings import (
@@ -350,9 +350,7 @@ def _with_base_answers(study: Study, name: str, pairs: Sequence[Pair]) -> list[P
     path = Path(study.out) / f"base_answers_{name}.json"
     if not path.exists():
         model, tokenizer = load_model(study.model, **study.weights)
-        _, answers = judged(
-            model, tokenizer, [p.prompt for p in pairs], lambda p, a: 0.0, tokens=48
-        )
+        answers = answered(model, tokenizer, [p.prompt for p in pairs], tokens=48)
         write_json(path, answers)
     answers = read_json(path)
     return [replace(p, second=a) for p, a in zip(pairs, answers, strict=True)]
