@@ -18,7 +18,8 @@ from grasp.study.evaluate import interval
 from grasp.study.settings import Settings
 
 STUDY = Path(__file__).parent.parent / "benchmarks" / "medicine.yaml"
-COMMANDS = ("demo", "finetune", "discover", "evaluate", "compare", "screen", "report", "doctor")
+COMMANDS = ("demo", "finetune", "discover", "evaluate", "compare", "screen", "report", "verify")
+COMMANDS += ("doctor",)
 
 
 def grasp(*arguments) -> SimpleNamespace:

@@ -15,6 +15,7 @@ from grasp.cli.doctor import doctor
 from grasp.cli.evaluate import evaluate
 from grasp.cli.finetune import finetune
 from grasp.cli.screen import screen
+from grasp.cli.verify import verify
 from grasp.study.settings import METHODS, RIVALS
 
 CONTROLS = [m for m in METHODS if m not in ("grasp", *RIVALS)]
@@ -39,7 +40,7 @@ def about(
         raise typer.Exit
 
 
-for command in (demo, finetune, discover, evaluate, compare, screen, report, doctor):
+for command in (demo, finetune, discover, evaluate, compare, screen, report, verify, doctor):
     epilog = METHODS_HELP if command in (finetune, compare) else None
     app.command(epilog=epilog, context_settings=NAMES)(command)
 
