@@ -19,7 +19,7 @@ from grasp.study.settings import Settings
 
 STUDY = Path(__file__).parent.parent / "benchmarks" / "medicine.yaml"
 COMMANDS = ("demo", "finetune", "discover", "evaluate", "compare", "screen", "report", "verify")
-COMMANDS += ("doctor",)
+COMMANDS += ("repair", "doctor")
 
 
 def grasp(*arguments) -> SimpleNamespace:

@@ -14,6 +14,7 @@ from grasp.cli.discover import discover
 from grasp.cli.doctor import doctor
 from grasp.cli.evaluate import evaluate
 from grasp.cli.finetune import finetune
+from grasp.cli.repair import repair
 from grasp.cli.screen import screen
 from grasp.cli.verify import verify
 from grasp.study.settings import METHODS, RIVALS
@@ -40,7 +41,18 @@ def about(
         raise typer.Exit
 
 
-for command in (demo, finetune, discover, evaluate, compare, screen, report, verify, doctor):
+for command in (
+    demo,
+    finetune,
+    discover,
+    evaluate,
+    compare,
+    screen,
+    report,
+    repair,
+    verify,
+    doctor,
+):
     epilog = METHODS_HELP if command in (finetune, compare) else None
     app.command(epilog=epilog, context_settings=NAMES)(command)
 

@@ -64,7 +64,7 @@ def _of_file(path: Path) -> Iterator[Example]:
                 yield from _texts(file, path)
             elif kind == ".json":
                 yield from _json(file, path)
-            elif kind in LINES or not path.suffix or path.suffix in PACKED:
+            elif kind in LINES:
                 yield from _json_lines(file, path)
             else:
                 raise ValueError(

@@ -156,7 +156,7 @@ def first_example(settings: Settings) -> tuple[list[str], list[tuple[str, bool]]
 def _going_on(settings: Settings, out: Path) -> Settings:
     """With the dtype that a run in this folder was begun in, if none is asked for."""
     if settings.dtype == "auto" and (out / ABOUT).exists():
-        return replace(settings, dtype=read_json(out / ABOUT)["settings"]["dtype"])
+        return replace(settings, dtype=read_json(out / ABOUT)["settings"].get("dtype", "auto"))
     return settings
 
 
