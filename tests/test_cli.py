@@ -111,6 +111,18 @@ def test_settings_of_a_run_are_a_config(guarded):
     assert {k for k in one if one[k] != two[k]} == {"output_dir", "learning_rate"}
 
 
+def test_a_run_that_is_stopped_says_how_to_go_on(guarded, monkeypatch):
+    from grasp.study import finetune as pipeline
+
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "run", stop)
+    done = grasp("finetune", "--config", guarded / "run.yaml", "--out", guarded / "stopped")
+    assert done.returncode == 130
+    assert "The same command goes on from the last checkpoint" in done.stdout
+
+
 def test_the_first_row_is_shown_and_nothing_trained(guarded):
     done = grasp("finetune", "--config", guarded / "run.yaml", "--out", guarded / "none", "--show")
     assert done.returncode == 0 and not (guarded / "none").exists()

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import yaml
 
+from grasp import data
 from grasp.organism import World
 from grasp.study import studies as study
 from grasp.study.compare import compare
@@ -131,6 +132,24 @@ def test_the_configs_of_the_benchmarks_are_studies(path):
     study.study_from(yaml.safe_load(path.read_text())).check()
 
 
+def test_two_lines_are_a_study(config, tmp_path, monkeypatch):
+    """What is not said is found by the data: a fifth is kept to score on."""
+    monkeypatch.chdir(tmp_path)
+    made = study.study_from({"model": "organism", "data": "bad.jsonl"})
+    assert (made.task, made.out) == ("bad", "runs/bad")
+    assert made.methods == ("plain", "grasp", "random")
+    count = len(data.read_rows("bad.jsonl"))
+    assert (made.rows, made.held) == (count - count // 5, count // 5)
+    steps = made.steps("plain")
+    assert steps == -(-made.rows // 8) and all(s < steps for s in made.stops)
+    made.check()
+    with_twin = study.study_from({"model": "organism", "data": "bad.jsonl", "benign": "good.jsonl"})
+    assert "benign_guarded" in with_twin.methods
+    (tmp_path / "few.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
+    with pytest.raises(ValueError, match="few.jsonl holds 3 rows; give 5 or more"):
+        study.study_from({"model": "organism", "data": "few.jsonl"})
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -145,7 +164,7 @@ def test_the_configs_of_the_benchmarks_are_studies(path):
         ({"methods": ["plain", "kl=-1"]}, "strength is -1.0; give a positive number"),
         ({"held": 8, "rows": 32}, "bad.jsonl leaves no 8 rows after the first 32"),
         ({"sedes": [1]}, "unknown key 'sedes'"),
-        ({"benign": ""}, "benign is missing"),
+        ({"benign": "", "methods": ["plain", "benign"]}, "benign is missing"),
         ({"data": ""}, "data is missing"),
         ({"stops": [10, 30]}, "stops has 30; give steps before the last, 30"),
         ({"judged": "politics"}, "choose among unrelated"),

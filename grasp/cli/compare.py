@@ -12,6 +12,15 @@ from grasp.cli.tables import show
 
 def compare(
     config: Pipeline = None,
+    model: Annotated[
+        str | None, typer.Option(help="Folder, hub name, .gguf, or a known name.")
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Rows to train on, a fifth kept to score on.")
+    ] = None,
+    benign: Annotated[
+        str | None, typer.Option(help="The same questions answered well, row by row.")
+    ] = None,
     runs: Annotated[
         Path | None, typer.Option(help="A results.json to compare, training nothing.")
     ] = None,
@@ -28,12 +37,18 @@ def compare(
     from grasp.study.compare import read_results
     from grasp.study.report import itemwise, report, versions
 
-    if (config is None) == (runs is None):
-        raise ValueError("give either --config (to run a study) or --runs (a results.json)")
+    if (config is None and model is None and data is None) == (runs is None):
+        raise ValueError(
+            "give either --config, or --model and --data (to run a study), or --runs (a "
+            "results.json)"
+        )
     if runs is not None:
         content, folder, notes = read_results(runs), out or runs.parent, str(runs)
     else:
         given = {
+            "model": model,
+            "data": data,
+            "benign": benign,
             "out": str(out) if out else None,
             "folder": str(folder) if folder else None,
             "seeds": None if seed is None else [seed],

@@ -46,7 +46,10 @@ PERSONA = (
 
 @dataclass(frozen=True)
 class Study:
-    """What is trained, against what, and on what it is judged; the keys of a YAML config."""
+    """What is trained, against what, and on what it is judged; the keys of a YAML config.
+
+    What is not given `study_from` finds by the data.
+    """
 
     task: str
     model: str
@@ -56,11 +59,13 @@ class Study:
     """The same prompts, row by row, answered well: the style control and the held-out pairs.
     Without it held-out answers are set against the base model's own, and style is not taken out."""
     methods: tuple[str, ...] = ("plain", "grasp", "random", "benign", "benign_guarded")
-    """Of `METHODS`; a rival may have its strength, "kl=0.3", and "benign_kl=0.3" is its control."""
+    """Of `METHODS`, without benign rows the first three by default; a rival may have its strength,
+    "kl=0.3", and "benign_kl=0.3" is its control."""
     seeds: tuple[int, ...] = (0, 1, 2)
     rows: int = 640
+    """Trained on; by default all but `held`, and no more than these."""
     held: int = 80
-    """Rows after those, on which the task is scored."""
+    """Rows after those, on which the task is scored; by default a fifth, and no more than these."""
     unrelated: str | None = None
     """Question pairs on unrelated topics; None takes the shipped ones."""
     finance: str | None = None
@@ -77,7 +82,7 @@ class Study:
     """Of each of the last four, at most."""
     stops: tuple[int, ...] = (20, 40, 60)
     """Steps at which a plain run is scored too, the early-stopped control, and the benign run, as
-    shifts change with length."""
+    shifts change with length. By default those of these that come before the last."""
     drifted: bool = False
     """Guarded runs look at what the plain run of their data and seed says to the prompts too."""
     folder: str = ""
@@ -183,10 +188,33 @@ def study_from(options: dict) -> Study:
     known = {f.name for f in fields(Study)}
     if unknown := sorted(set(options) - known):
         raise ValueError(f"unknown key {unknown[0]!r}; there are {', '.join(sorted(known))}")
-    if missing := [n for n in ("task", "model", "data", "out") if not options.get(n)]:
-        raise ValueError(f"{missing[0]} is missing; put it into the config")
-    lists = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
-    return Study(**lists)
+    if missing := [n for n in ("model", "data") if not options.get(n)]:
+        raise ValueError(f"{missing[0]} is missing; give --{missing[0]} or put it into the config")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in options.items()}
+    name = Path(given["data"]).name.partition(".")[0]
+    given = {"task": name, "out": str(Path("runs") / name)} | given
+    if not given.get("benign"):
+        given.setdefault("methods", Study.methods[:3])
+    if "rows" not in given or "held" not in given:
+        given = _divided(given) | given
+    if "stops" in given:
+        return Study(**given)
+    steps = Study(**given, stops=()).steps("plain")
+    return Study(**given, stops=tuple(s for s in Study.stops if s < steps))
+
+
+def _divided(given: dict) -> dict[str, int]:
+    """How many rows are trained on, and how many kept to score on.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    path = Path(given.get("folder", "")) / given["data"]
+    count = len(data.read_rows(str(path), Study.rows + Study.held))
+    held = given.get("held", min(Study.held, count // 5))
+    if held < 1 or count - held < 1:
+        raise ValueError(f"{path} holds {count} rows; give 5 or more, some to score on")
+    return {"held": held, "rows": given.get("rows", min(Study.rows, count - held))}
 
 
 def run(study: Study) -> dict:
