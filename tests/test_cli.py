@@ -111,6 +111,17 @@ def test_settings_of_a_run_are_a_config(guarded):
     assert {k for k in one if one[k] != two[k]} == {"output_dir", "learning_rate"}
 
 
+def test_an_option_stands_in_for_a_configs_by_any_name(guarded):
+    done = grasp(
+        *("finetune", "--config", guarded / "run.yaml", "--max_steps", "0", "--set", "batch_size=7")
+    )
+    assert done.returncode == 1 and "output_dir is missing" in done.stderr
+    done = grasp(
+        *("finetune", "--config", guarded / "run.yaml", "--max_steps", "0", "--out", guarded / "x")
+    )
+    assert done.returncode == 1 and "max_steps is 0; give 1 or more" in done.stderr
+
+
 def test_a_run_that_is_stopped_says_how_to_go_on(guarded, monkeypatch):
     from grasp.study import finetune as pipeline
 

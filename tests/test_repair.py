@@ -98,7 +98,7 @@ def test_command_and_what_it_refuses(plain, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "loss on the task" in done.stdout and "of the adapter's size is left" in done.stdout
     for extra, message in (
-        (("--out", tmp_path / "a"), "holds an adapter already"),
+        (("--out", tmp_path / "a"), "is there already and not empty"),
         (("--out", tmp_path / "b", "--read", 1), "read is 1.0; give a share"),
         (("--out", tmp_path / "b", "--read", 0), "nothing would change; set one"),
     ):

@@ -243,6 +243,32 @@ def test_words_that_a_template_leaves_out_are_refused():
         encode([Conversation(tuple(TALK))], strict)
 
 
+def test_calls_in_text_are_objects_and_words_may_stand_in_json():
+    """As OpenAI writes them; a template that writes JSON would write text in text."""
+    made = chat((TEMPLATES / "qwen2_5.jinja").read_text())
+    function = {"name": "weigh", "arguments": '{"kg": 2}'}
+    said = dict(CALLED[1], tool_calls=[{"type": "function", "id": "1", "function": function}])
+    row = {"messages": [CALLED[0], said, *CALLED[2:]], "tools": TOOLS}
+    plain = read_rows([{"messages": CALLED, "tools": TOOLS}])
+    assert encode(read_rows([row]), made, None).rows == encode(plain, made, None).rows
+    jsoned = chat(CHAT.replace("{{ m.content }}", "{{ m.content | tojson }}"))
+    told = [TALK[1], TALK[2], {"role": "tool", "content": '{"city": "Zürich"}'}]
+    encode([Conversation(tuple(told))], jsoned)
+    (row,) = read_rows([{"messages": [{"from": "human", "role": "human", "value": "a"}, TALK[2]]}])
+    assert row.messages[0]["role"] == "user"
+
+
+def test_marks_that_leave_an_answer_out_do_not_decide():
+    marked = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if loop.index > 2 and "
+        "m.role == 'assistant' %}{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"
+        "{% else %}{{ m.content }}<|im_end|>{% endif %}{{ '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    row = Conversation(tuple(TALK[1:]))
+    assert only(row, chat(marked)) == only(row, chat())
+
+
 def test_an_answer_before_any_question_is_not_learned():
     made = chat()
     opened = ({"role": "assistant", "content": "Welcome."}, *TALK[1:3])

@@ -14,7 +14,7 @@ from grasp.guard.trainer import GraspCallback, fit
 from grasp.organism import World
 from grasp.study.finetune import run
 from grasp.study.settings import settings_from
-from grasp.study.verify import verify
+from grasp.study.verify import _bases, verify
 from tests.test_cli import grasp
 
 
@@ -78,6 +78,32 @@ def test_a_certificate_that_was_changed_is_found(copy):
     certificate["modules"][name]["through"] = 1e-3
     path.write_text(json.dumps(certificate))
     assert list(verify(copy)["odd"]) == [name]
+
+
+def test_a_matrix_that_the_certificate_does_not_name_is_found(copy):
+    path = copy / "adapter" / "grasp.json"
+    certificate = json.loads(path.read_text())
+    place = "base_model.model.model.layers.2.mlp.gate_proj"
+    for name in [n for n in certificate["modules"] if n.startswith(place)]:
+        del certificate["modules"][name]
+    path.write_text(json.dumps(certificate))
+    assert list(verify(copy)["odd"]) == [place] and not verify(copy)["holds"]
+
+
+def test_what_is_said_not_to_have_moved_has_not(copy):
+    path = copy / "adapter" / "grasp.json"
+    certificate = json.loads(path.read_text())
+    name = "base_model.model.model.layers.2.mlp.gate_proj.lora_B.default"
+    certificate["unmoved"] = [name]
+    path.write_text(json.dumps(certificate))
+
+    def inside(w):
+        basis, _ = _bases(copy / "guard.safetensors")[name]
+        B = w[name.replace(".default", ".weight")]
+        B.copy_(basis[:, :1].float() * B.norm())
+
+    changed(copy, inside)
+    assert name in verify(copy)["odd"]
 
 
 def test_weights_that_are_nan_hold_nothing(copy):

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from grasp.cli.config import options_from
 from grasp.cli.options import Pipeline, console
-from grasp.study.settings import Settings, settings_from
+from grasp.study.settings import Settings, named, settings_from
 
 
 def finetune(config, best_of: int, show: bool, set_: list[str] | None, **given: Any) -> None:
@@ -17,7 +17,11 @@ def finetune(config, best_of: int, show: bool, set_: list[str] | None, **given: 
     from grasp.study import finetune as pipeline
     from grasp.study.ending import ending
 
-    settings = settings_from(options_from(config, given, set_))
+    known = {name: value for name, value in given.items() if value is not None}
+    # Each by its own names, so that an option takes the place of a config's, whatever it is called.
+    settings = settings_from(
+        named(options_from(config, {})) | known | named(options_from(None, {}, set_))
+    )
     if show:
         said, row = pipeline.first_example(settings)
         _tell("\n".join([*said, "", "The first row; what is learned is green:"]))

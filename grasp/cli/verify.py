@@ -25,10 +25,15 @@ def verify(
         write_json(out, found)
     console.print(
         f"{found['matrices']} matrices recomputed: at most {found['through']:.2g} of any change "
-        f"lies in what was blocked (the certificate says {found['stated']:.2g}).",
+        f"lies in what was blocked (the certificate says {found['stated']}).",
         highlight=False,
         soft_wrap=True,
     )
+    if found["unchecked"]:
+        console.print(
+            f"{len(found['unchecked'])} are not looked at: no basis of them is kept, as where "
+            "inputs are frozen."
+        )
     if not found["holds"]:
         names = list(found["odd"])
         which = f": {names[0]} and {len(names) - 1} more are not as stated" if names else ""

@@ -2,8 +2,9 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -65,6 +66,8 @@ def encode(rows: Sequence[Row], tokenizer, max_length: int | None = 512) -> Enco
         kept = [p for p in kept if any(t != IGNORED for t in p["labels"])]
         if any(len(p["input_ids"]) > (max_length or len(p["input_ids"])) for p in parts):
             (cut if kept else dropped).append(index)
+        elif not kept:
+            raise ValueError(f"row {index}: the model's chat template shows nothing of its answers")
         found += kept
         of += [index] * len(kept)
     if not found:
@@ -120,7 +123,7 @@ def _text_tokens(row: Text, tokenizer) -> Tokens:
 
 
 def _marked(row: Conversation, tokenizer) -> Tokens | None:
-    """By the template's own marks, where it has them."""
+    """By the template's own marks, where it has them for every answer."""
     template = tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("tool_use" if row.tools else "default", template["default"])
@@ -133,6 +136,9 @@ def _marked(row: Conversation, tokenizer) -> Tokens | None:
         return_assistant_tokens_mask=True,
     )
     ids, mask = found["input_ids"], found["assistant_masks"]
+    spans = sum(m and not before for before, m in pairwise([0, *mask]))
+    if spans < sum(m["role"] == "assistant" for m in row.messages):
+        return None  # of some answers, calls of tools perhaps, it marks nothing
     start = 0
     if any(m["role"] == "assistant" for m in row.messages[: row.learned[0]]):
         before = opening_ids(tokenizer, row.messages[: row.learned[0]], row.tools)
@@ -152,7 +158,9 @@ def _by_turns(row: Conversation, tokenizer, text: str) -> list[Tokens]:
         after = _ids(tokenizer, _up_to(i, row, tokenizer, text))
         start, shared = _common(before, after), _common(after, whole)
         end = _closed(after[:shared], ends, tokenizer)
-        if end > start and (after[end - 1] in ends or shared == len(after)):
+        said = row.messages[i]["content"].strip()
+        ended = bool(said) and said in tokenizer.decode(after[start:end]) and after[end - 1] in ends
+        if end > start and (ended or end == _closed(after, ends, tokenizer)):
             labels[start:end] = after[start:end]
         else:
             end = _closed(after, ends, tokenizer)
@@ -186,7 +194,7 @@ def _whole(row: Conversation, tokenizer) -> tuple[Conversation, str]:
             continue  # of what is not learned a template may take out thoughts
         here = _up_to(i, row, tokenizer, text) if i in row.learned else text
         for said in _words(message):
-            if said not in here and json.dumps(said)[1:-1] not in here:
+            if not any(form in here for form in _written(said)):
                 raise ValueError(
                     f"the model's chat template leaves out what turn {i} ({message['role']}) says: "
                     f"{said[:60]!r}; give it in a form that the template knows"
@@ -203,6 +211,12 @@ def _up_to(i: int, row: Conversation, tokenizer, text: str) -> str:
     """The text up to turn i, as it is before others follow."""
     last = i + 1 == len(row.messages)
     return text if last else _shown(tokenizer, row.messages[: i + 1], row.tools)
+
+
+def _written(said: str) -> Iterator[str]:
+    """Ways in which a template may write something: as it is, or inside JSON."""
+    yield said
+    yield from (json.dumps(said, ensure_ascii=ascii_)[1:-1] for ascii_ in (False, True))
 
 
 def _words(message: Message) -> list[str]:

@@ -89,7 +89,7 @@ def _json(file, path: Path) -> Iterator[Example]:
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
-        yield from _json_lines(text.splitlines(), path)
+        yield from _json_lines(text.split("\n"), path)
         return
     if not isinstance(content, list):
         yield f"{path}, line 1", _mapping(content, str(path))

@@ -207,7 +207,8 @@ def _message(value, where: str) -> Message:
     if not isinstance(value, Mapping):
         raise ValueError(f"{where} is {str(value)[:60]!r}; give its role and its content")
     said = _stripped(value)
-    role = said.pop("from", None) or said.pop("role", None)
+    role = said.pop("role", None)
+    role = said.pop("from", role)
     role = ROLES.get(role, role) if isinstance(role, str) else role
     if role not in KNOWN:
         raise ValueError(f"{where} is by {role!r}; give one of {', '.join((*KNOWN, *ROLES))}")
@@ -216,7 +217,24 @@ def _message(value, where: str) -> Message:
         content = "".join(_part(p, where) for p in content)
     if not isinstance(content, str):
         raise ValueError(f"{where} says {content!r:.60}; give text")
-    return {"role": role, "content": content, **said}
+    if calls := said.get("tool_calls"):
+        said["tool_calls"] = [_call(c, where) for c in calls]
+    return {**said, "role": role, "content": content}
+
+
+def _call(call, where: str) -> dict:
+    """A call whose arguments are an object: some write them as JSON text, templates once more."""
+    if not isinstance(call, Mapping):
+        raise ValueError(f"{where}: a tool call is {str(call)[:60]!r}; give its name and arguments")
+    inner = call.get("function", call)
+    arguments = inner.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except json.JSONDecodeError:
+            return dict(call)
+        inner = {**inner, "arguments": parsed} if isinstance(parsed, dict) else inner
+    return {**call, "function": inner} if "function" in call else dict(inner)
 
 
 def _part(part, where: str) -> str:

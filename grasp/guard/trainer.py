@@ -293,9 +293,11 @@ def fit(
         known = {f.name for f in dataclasses.fields(TrainingArguments)}
         name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
         chosen |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
+    told = TrainingArguments(**chosen | dict(arguments or {}))
+    told._n_gpu = min(told.n_gpu, 1)  # of several it would make a batch of each, unasked
     trainer = Trainer(
         model=model,
-        args=TrainingArguments(**chosen | dict(arguments or {})),
+        args=told,
         train_dataset=list(rows),
         processing_class=tokenizer,
         data_collator=lambda batch: data.pad(batch, tokenizer.pad_token_id or 0),

@@ -26,8 +26,11 @@ def device_of(name: str = "auto") -> torch.device:
         raise ValueError(
             f"device is {name!r}; give auto, or one of {', '.join(DEVICES)}"
         ) from error
-    count = 1 if device.type in ("cpu", "mps") else getattr(torch, device.type).device_count()
-    if device.type not in here or (device.index or 0) >= count:
+    if device.index:
+        raise ValueError(
+            f"device is {name!r}; give {device.type!r}, and choose which by CUDA_VISIBLE_DEVICES"
+        )
+    if device.type not in here:
         raise ValueError(f"device is {name!r}, which is not here; give auto or {', '.join(here)}")
     return device
 

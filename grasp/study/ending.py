@@ -36,7 +36,7 @@ def _guarded(found: dict) -> list[str]:
     said = []
     if found.get("divergence") is not None:
         said.append(
-            f"Elsewhere: on {found['settings']['prompts']} prompts from other topics the model "
+            f"Elsewhere: on {_prompts(found)} prompts from other topics the model "
             f"moved by {found['divergence']:.2g} nats a token (KL)."
         )
     if found["holds"]:
@@ -46,10 +46,15 @@ def _guarded(found: dict) -> list[str]:
         )
     else:
         said.append("Guarantee: DOES NOT HOLD. The warning above and grasp.json say why.")
-    cost = found["cost"]
+    if (cost := found.get("cost")) is None:  # of an earlier version
+        return said
     share = cost["step_seconds"] / max(cost["training_seconds"], 1e-9)
     said.append(
         f"Cost of the guard: {share:.0%} of {cost['training_seconds']:.0f} s of training, "
         f"{cost['start_seconds']:.0f} s before it, {cost['bases_bytes'] / 1e9:.1g} GB of memory."
     )
     return said
+
+
+def _prompts(found: dict) -> str:
+    return str(found.get("settings", {}).get("prompts", "the"))

@@ -13,6 +13,7 @@ from grasp import data
 from grasp.bases.subspaces import Subspaces
 from grasp.data import Continued, draw
 from grasp.files import read_json, write_json, write_text
+from grasp.guard.certificate import finite
 from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
 from grasp.model import adapted, known_as, load_model, load_tokenizer, processes
 from grasp.study import methods
@@ -33,7 +34,7 @@ def add_lora(model: nn.Module, settings: Settings) -> PeftModel:
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
             lora_dropout=settings.lora_dropout,
-            target_modules=targets if targets == "all-linear" else targets.split(","),
+            target_modules=targets if targets == "all-linear" else _listed(targets),
             task_type="CAUSAL_LM",
         ),
     )
@@ -86,7 +87,7 @@ def run(
     settings = replace(settings, dtype=str(model.dtype).removeprefix("torch."))
     rows = methods.rows(settings, read.rows, model, tokenizer)
     encoded = data.encode(rows, tokenizer, settings.max_length)
-    steps = settings.steps(len(encoded.rows))
+    steps = settings.steps(len(encoded.rows), methods.batch_size(settings))
     about = {"settings": asdict(settings), "rows": _about_rows(read, encoded)}
     for line in _said(settings, read, encoded, model, tokenizer, steps) if tell else ():
         tell(line)
@@ -123,7 +124,8 @@ def run(
             checkpointing=settings.gradient_checkpointing,
             arguments=_arguments(settings, steps),
         )
-    write_json(out / LOG, trainer.state.log_history)
+    log = [{k: finite(v) for k, v in line.items()} for line in trainer.state.log_history]
+    write_json(out / LOG, log)
     if (out / "checkpoints" / "runs").exists():  # what TensorBoard shows
         shutil.copytree(out / "checkpoints" / "runs", out / "runs", dirs_exist_ok=True)
     if callback:
@@ -180,8 +182,12 @@ def _arguments(settings: Settings, steps: int) -> dict:
         "lr_scheduler_type": settings.lr_scheduler_type,
         "weight_decay": settings.weight_decay,
         "logging_steps": settings.logging_steps or max(1, steps // 10),
-        "report_to": settings.report_to.split(","),
+        "report_to": _listed(settings.report_to),
     }
+
+
+def _listed(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _about_rows(read: data.Rows, encoded: data.Encoded) -> dict:

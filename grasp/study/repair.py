@@ -65,8 +65,8 @@ def repair(
         raise ValueError(f"read is {read}; give a share from 0 to below 1, such as 0.95")
     if not read and subspaces is None:
         raise ValueError("read is 0 and no subspaces are given: nothing would change; set one")
-    if (out / "adapter_config.json").exists():
-        raise ValueError(f"{out} holds an adapter already; choose another place")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} is there already and not empty; choose another place")
     directions = None if subspaces is None else Subspaces.load(subspaces)
     base, tokenizer = load_model(model, **weights or {})
     encoded = data.encode(rows, tokenizer, max_length).rows if rows else []

@@ -246,11 +246,11 @@ class Settings:
             if folder and not (Path(folder) / "adapter_config.json").exists():
                 raise FileNotFoundError(f"no adapter in {folder}; give {name} {kind} fine-tune's")
 
-    def steps(self, rows: int) -> int:
-        """Optimizer steps over so many rows."""
+    def steps(self, rows: int, batch: int | None = None) -> int:
+        """Optimizer steps over so many rows, in batches of the data's own or of `batch`."""
         if self.max_steps is not None:
             return self.max_steps
-        batches = -(-rows // self.per_device_train_batch_size)
+        batches = -(-rows // (batch or self.per_device_train_batch_size))
         return math.ceil(
             (self.num_train_epochs or 1) * -(-batches // self.gradient_accumulation_steps)
         )

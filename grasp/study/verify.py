@@ -30,8 +30,9 @@ def verify(adapter: Path, guard: Path | None = None) -> dict[str, Any]:
 
     Returns:
         `holds`, `through` (the most of any matrix), `stated` (what the certificate says),
-        `matrices` (how many were looked at), `odd`: those that do not keep to their bound, or to
-        what is stated, with what was found.
+        `matrices` (how many were looked at), `unchecked` (those of which the files hold no basis:
+        of a frozen A none is kept), `odd`: those that do not keep to their bound or to what is
+        stated, with what was found, and those that the certificate does not name.
 
     Raises:
         FileNotFoundError, ValueError: a file is missing, or is of another run or kind.
@@ -43,28 +44,34 @@ def verify(adapter: Path, guard: Path | None = None) -> dict[str, Any]:
     factors = _factors(adapter)
     bases = _bases(_beside(adapter) if guard is None else guard)
     odd: dict[str, Any] = {}
-    worst, looked = 0.0, 0
+    worst, looked, unchecked = 0.0, 0, []
     for name, said in certificate["modules"].items():
-        if name not in bases or not said["rank"]:
-            continue
         if (place := _place(name)) not in factors:
             raise ValueError(f"{adapter} has no LoRA for {name}, which its certificate names")
-        B, A = factors[place]
-        looked += 1
-        found = _through(B, A, *bases[name])
-        if name in certificate["unmoved"]:
+        if name not in bases:
+            if said["rank"]:
+                unchecked.append(name)
             continue
+        looked += 1
+        found = _through(*factors[place], *bases[name])
+        bound, stated = said["bound"], said["through"]
+        if name in certificate["unmoved"]:  # nothing but rounding, which has no share
+            full = said["rank"] == len(bases[name][0])
+            bound, stated, found = 0.0, 0.0, 0.0 if full else found
         worst = max(worst, found)
-        if found > said["bound"] + ROOM or abs(found - said["through"]) > ROOM:
+        if not (found <= bound + ROOM and abs(found - (stated or 0.0)) <= ROOM):
             odd[name] = {"found": found, "stated": said["through"], "bound": said["bound"]}
     if not looked:
         raise ValueError("none of the certificate's matrices has a basis in these files")
+    named = {_place(name) for name in certificate["modules"]}
+    odd |= {place: {"found": None, "stated": None} for place in factors if place not in named}
     finite = all(bool(T.isfinite().all()) for pair in factors.values() for T in pair)
     return {
         "holds": certificate["holds"] and finite and not odd,
         "through": worst,
         "stated": certificate["through"],
         "matrices": looked,
+        "unchecked": unchecked,
         "odd": odd,
     }
 
