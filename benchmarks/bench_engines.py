@@ -228,14 +228,21 @@ def together(work: Callable[[], object], count: int, out: Path) -> list:
 
 
 def killed(engine: Engine, weights: str, out: Path, takes: float, kills: int, draw) -> tuple:
-    """What a run comes to that is killed so often at least, and how often it was."""
+    """What a run comes to that is killed so often at least, and how often it was.
+
+    Raises:
+        RuntimeError: a process failed by itself; says where it told why.
+    """
     struck = 0
     while True:
         processes = start(lambda: train(engine, weights, out / "kept"), engine.processes, out)
         ends = time.monotonic() + draw.uniform(0.2, 0.9) * takes
         waiting = set(processes)
         while waiting and (struck >= kills or time.monotonic() < ends):
-            waiting -= {p for p in waiting if os.waitpid(p, os.WNOHANG) != (0, 0)}
+            ended = {p: found[1] for p in waiting if (found := os.waitpid(p, os.WNOHANG))[0]}
+            if any(ended.values()):
+                raise RuntimeError(f"a process failed; see {out}/*.log")
+            waiting -= ended.keys()
             time.sleep(0.005)
         for process in waiting:
             os.kill(process, signal.SIGKILL)
