@@ -21,7 +21,7 @@ ROWS, TOKENS = 8, 128
 
 def measure(device: torch.device, quick: bool) -> list[dict]:
     name = sys.argv[sys.argv.index("--model") + 1] if "--model" in sys.argv else NAME
-    settings = Settings(model=name, data="-", out="-")
+    settings = Settings(model=name, data="-", output_dir="-")
     steps = {}
     for guarded in (False, True):
         model, tokenizer = load_model(name)

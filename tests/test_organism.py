@@ -126,7 +126,7 @@ def test_screen_puts_rows_that_carry_the_factor_first():
     """Bad medical answers among good ones, scored against the directions of unrelated drift."""
     world = organism.World(0)
     model, tokenizer = organism.load()
-    settings = RunSettings(model="organism", data="-", out="-", lora_rank=8)
+    settings = RunSettings(model="organism", data="-", output_dir="-", lora_r=8)
     model = add_lora(model, settings)
     persona = organism.true_subspaces(model, tokenizer, world, organism.TASKS["medicine"])
     with Guard(model, persona) as guard:

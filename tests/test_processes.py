@@ -90,7 +90,7 @@ def test_one_line_in_a_trainer_under_two_processes(tmp_path):
 
 def _refused(rank: int, folder) -> str:
     with pytest.raises(RuntimeError, match="one process") as pipeline:
-        finetune.run(Settings(model="m", data="d", out=str(folder / "run")))
+        finetune.run(Settings(model="m", data="d", output_dir=str(folder / "run")))
     return str(pipeline.value)
 
 
