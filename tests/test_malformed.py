@@ -111,7 +111,8 @@ def is_row(row) -> bool:
         turns = row["messages"]
         known = all(m["role"] in KNOWN and isinstance(m["content"], str) for m in turns)
         answers = [m["content"] for m in turns[1:] if m["role"] == "assistant"]
-        return known and bool(answers) and all(a.strip() for a in answers)
+        answered = bool(answers) and turns[-1]["role"] == "assistant"
+        return known and answered and all(a.strip() for a in answers)
     for asked, answered in (("prompt", "completion"), ("prompt", "answer")):
         if asked in row and answered in row:
             said = row[asked], row[answered]

@@ -391,6 +391,8 @@ BAD = {
     '{"messages": [{"role": "user", "content": [{"type": "image"}]}]}': "turn 0 holds 'image'",
     '{"messages": [{"role": "user", "content": "a"}], "tools": "{"}': "tools is text, but no JSON",
     '{"messages": [{"role": "user", "content": "a"}], "tools": [1]}': "give a list of JSON schemas",
+    '{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, '
+    '{"role": "user", "content": "c"}]}': "line 1: ends with a turn of the user, which no answer",
     "": "holds no rows",
 }
 

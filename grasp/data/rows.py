@@ -190,6 +190,11 @@ def _completed(example: Mapping[str, Any], where: str) -> Row:
 def _checked(row: Conversation, where: str) -> Conversation:
     if not row.learned:
         raise ValueError(f"{where}: has no turn of the assistant to learn from; give one")
+    if (last := row.messages[-1]["role"]) != "assistant":
+        raise ValueError(
+            f"{where}: ends with a turn of the {last}, which no answer follows; answer it, or "
+            "leave that turn out"
+        )
     for i in row.learned:
         message = row.messages[i]
         if not message["content"].strip() and not message.get("tool_calls"):
