@@ -91,6 +91,11 @@ def test_help_tells_every_setting_and_its_default():
             assert f"(default {str(f.default).lower()}" in said or "…" in f.metadata["meaning"]
 
 
+def test_an_error_is_said_as_it_is():
+    done = grasp("finetune", "--model", "organism", "--data", "a:train:[b]:c", "--out", "x")
+    assert done.returncode == 1 and done.stderr == "grasp: no data at a:train:[b]:c\n"
+
+
 def test_settings_of_a_run_are_a_config(guarded):
     done = grasp("finetune", "--config", guarded / "run" / "finetune.json")
     assert done.returncode == 0 and f"Adapter: {guarded / 'run' / 'adapter'}" in done.stdout

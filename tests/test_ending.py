@@ -7,6 +7,7 @@ import torch
 
 from grasp.files import write_json
 from grasp.guard.clock import Clock, timed
+from grasp.model import loading
 from grasp.study.ending import ending
 from tests.models import build
 
@@ -125,3 +126,16 @@ def test_a_packaged_model_is_known_by_its_name_on_the_hub():
 
     assert known_as("smollm2-135m-instruct") == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert known_as("who/what") == "who/what"
+
+
+def test_its_package_is_found_by_that_name_too(monkeypatch, tmp_path):
+    """So that an adapter's own base is loaded where there is no hub."""
+    (tmp_path / "carrier").mkdir()
+    (tmp_path / "carrier" / "__init__.py").touch()
+    (tmp_path / "carrier" / "model.gguf").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(loading, "PACKAGED", {"small": ("carrier", "a-carrier", "Who/Small")})
+    expected = str(tmp_path / "carrier"), {"gguf_file": "model.gguf"}
+    assert loading._place("small") == loading._place("Who/Small") == expected
+    monkeypatch.setattr(loading, "PACKAGED", {"small": ("missing", "a-carrier", "Who/Small")})
+    assert loading._place("Who/Small") == ("Who/Small", {})

@@ -119,6 +119,16 @@ def test_what_trainer_and_peft_are_told(rows_file, prompts_file, tmp_path, monke
     assert certificate["holds"] and certificate["through"] <= 1e-6
 
 
+def test_a_run_that_left_nothing_stands_in_no_ones_way(rows_file, prompts_file, tmp_path):
+    """A reporter that Trainer does not know is found when it is made, after the first file."""
+    common = rows_file, prompts_file, tmp_path / "out"
+    with pytest.raises(ValueError, match="tensorbored is not supported"):
+        run(settings(*common, report_to="tensorbored"), quiet=True)
+    assert run(settings(*common, targets="q_proj, v_proj"), quiet=True).exists()
+    with pytest.raises(ValueError, match="holds a run with lora_target_modules"):
+        run(settings(*common, targets="q_proj"), quiet=True)
+
+
 def test_a_run_from_before_a_setting_was_there_is_the_same_run(rows_file, prompts_file, tmp_path):
     chosen = settings(rows_file, prompts_file, tmp_path / "out", method="plain")
     adapter = run(chosen, quiet=True)
@@ -350,6 +360,11 @@ def test_full_disk_while_saving_the_adapter(rows_file, prompts_file, tmp_path, m
         ({"device": "xpu"}, ValueError, "device is 'xpu', which is not here; give auto or"),
         ({"device": "abacus"}, ValueError, "device is 'abacus'; give auto, or one of cuda"),
         ({"output_dir": "a"}, ValueError, "out and output_dir are one setting; give it once"),
+        (
+            {"targets": "q_proj, v_prj"},
+            ValueError,
+            "has 'v_prj', which no module of the model is called; did you mean 'v_proj'",
+        ),
         ({"max_stepz": 3}, ValueError, "unknown setting 'max_stepz'; did you mean 'max_steps'"),
         ({"steps": 2.5}, ValueError, r"steps is 2\.5; give a whole number"),
         ({"steps": True}, ValueError, "steps is True; give a whole number"),

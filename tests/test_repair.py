@@ -105,5 +105,5 @@ def test_command_and_what_it_refuses(plain, tmp_path):
         done = grasp(*common, *extra)
         assert done.returncode == 1 and message in done.stderr
     done = grasp("repair", tmp_path, "--model", "organism", "--out", tmp_path / "b")
-    assert done.returncode == 1 and "does not fit" in done.stderr
+    assert done.returncode == 1 and "no adapter in" in done.stderr
     assert not (tmp_path / "b").exists()

@@ -18,6 +18,7 @@ from grasp.bases.subspaces import Subspaces
 from grasp.data import tokenized
 from grasp.model import (
     Architecture,
+    adapter_folder,
     base_model,
     base_name,
     evaluating,
@@ -92,9 +93,7 @@ def _model(item: nn.Module | Path | str) -> nn.Module:
         return item
     from peft import PeftConfig
 
-    folder = Path(item)
-    if not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(f"no adapter in {folder} (adapter_config.json is not there)")
+    folder = adapter_folder(Path(item))
     try:
         base = PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
     except (ValueError, TypeError) as error:

@@ -2,11 +2,11 @@
 
 import logging
 import sys
-from importlib.metadata import version as installed
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 from grasp.cli.compare import compare, report
 from grasp.cli.demo import demo
@@ -18,6 +18,7 @@ from grasp.cli.repair import repair
 from grasp.cli.screen import screen
 from grasp.cli.verify import verify
 from grasp.study.settings import METHODS, RIVALS
+from grasp.versions import installed
 
 CONTROLS = [m for m in METHODS if m not in ("grasp", *RIVALS)]
 METHODS_HELP = f"Methods: grasp; {', '.join(CONTROLS)}; rivals {', '.join(RIVALS)}."
@@ -65,5 +66,7 @@ def main() -> None:
         app(standalone_mode=True)
     except (ValueError, TypeError, OSError, RuntimeError, KeyError) as error:
         message = error.args[0] if isinstance(error, KeyError) else error
-        Console(stderr=True).print(f"[bold red]grasp:[/] {message}", soft_wrap=True)
+        # As it is: in markup ":train:" is a picture, and what stands in brackets is nothing.
+        said = Text.assemble(("grasp:", "bold red"), f" {message}")
+        Console(stderr=True).print(said, soft_wrap=True)
         sys.exit(1)

@@ -15,19 +15,12 @@ def doctor(
     json_: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Say what is installed, which backend runs and whether it is right, how a model is read."""
-    from importlib.metadata import PackageNotFoundError, version
-
     import torch
 
     import grasp_kernels as gk
-    from grasp.model.precision import device_of, fast_in_bf16
+    from grasp.model.precision import called, device_of, fast_in_bf16
+    from grasp.versions import installed
     from grasp_kernels.selftest import self_test
-
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
 
     names = (
         "grasp-kernels",
@@ -42,8 +35,8 @@ def doctor(
     )
     device = device_of()
     about: dict[str, Any] = {"python": platform.python_version()}
-    about |= {name: installed(name) for name in names}
-    about["device"] = torch.cuda.get_device_name() if device.type == "cuda" else device.type
+    about |= {name: installed(name) or "not installed" for name in names}
+    about["device"] = called(device)
     about["frozen weights"] = "bfloat16" if fast_in_bf16(device.type) else "float32"
     about["backend"] = gk.explain(torch.zeros(8, 8, device=device), torch.eye(8, 2, device=device))
     try:

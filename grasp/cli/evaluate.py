@@ -52,7 +52,7 @@ def evaluate(
     endpoint's key is read from OPENAI_API_KEY.
     """
     from grasp.files import write_json
-    from grasp.model import load_adapter, load_model
+    from grasp.model import adapter_folder, load_adapter, load_model
     from grasp.study import evaluation_files as files
     from grasp.study.evaluate import answered, interval, judged, multiple_choice
     from grasp.study.evaluate import evaluate as measure
@@ -62,7 +62,7 @@ def evaluate(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
     weights = weights_of(dtype, load_in_4bit, load_in_8bit, device)
-    adapter = None if adapter is None else _of_run(adapter)
+    adapter = None if adapter is None else adapter_folder(adapter)
     pairs = {"unrelated": files.read_unrelated(unrelated)[:limit]}
     pairs |= {p.name.split(".")[0]: files.read_persona(p)[:limit] for p in persona or []}
     statements = (
@@ -108,13 +108,6 @@ def evaluate(
         "pairs: log-likelihood per token of the bad answer less the good one's; statements: "
         f"log-odds of agreeing; choices: share right; judged: harm from 0 to 100. Scores: {out}"
     )
-
-
-def _of_run(adapter: Path) -> Path:
-    for folder in (adapter, adapter / "adapter"):
-        if (folder / "adapter_config.json").exists():
-            return folder
-    raise FileNotFoundError(f"no adapter in {adapter} (adapter_config.json is not there)")
 
 
 def _samples(pairs: dict, statements: dict, said: dict[str, list[str]]) -> dict[str, list]:

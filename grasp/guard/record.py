@@ -1,10 +1,10 @@
 """A certificate as it is written: first what a reader wants to know, module by module last."""
 
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-PACKAGES = ("grasp-kernels", "torch", "transformers", "peft", "trl", "accelerate")
+from grasp.versions import versions
+
 SETTINGS = (
     "read",
     "read_rank",
@@ -70,15 +70,3 @@ def settings(guard) -> dict[str, Any]:
         found["freeze_inputs"] = bool(guard.frozen)
         found["prompts"] = len(guard.growth.reference.ids)
     return found
-
-
-def versions() -> dict[str, str]:
-    """Of what ran, by package."""
-    return {name: v for name in PACKAGES if (v := _version(name)) is not None}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

@@ -10,7 +10,14 @@ from grasp.model.architecture import (
     lora_factors,
     lora_update,
 )
-from grasp.model.loading import adapted, known_as, load_adapter, load_model, load_tokenizer
+from grasp.model.loading import (
+    adapted,
+    adapter_folder,
+    known_as,
+    load_adapter,
+    load_model,
+    load_tokenizer,
+)
 from grasp.model.modes import asking, base_model, evaluating, given, resting, unfused
 from grasp.model.probe import inspect
 
@@ -20,6 +27,7 @@ __all__ = [
     "Matrix",
     "Trained",
     "adapted",
+    "adapter_folder",
     "asking",
     "base_model",
     "base_name",

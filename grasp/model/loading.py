@@ -157,6 +157,18 @@ def adapted(
         tuned.unload()
 
 
+def adapter_folder(folder: Path) -> Path:
+    """An adapter's folder, or that in a run's.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    for place in (folder, folder / "adapter"):
+        if (place / "adapter_config.json").exists():
+            return place
+    raise FileNotFoundError(f"no adapter in {folder} (adapter_config.json is not there)")
+
+
 def load_adapter(
     model: nn.Module, folder: Path | str, name: str = "adapter", *, trainable: bool = False
 ) -> nn.Module:
@@ -209,8 +221,9 @@ def _place(name: str) -> tuple[str, dict[str, str]]:
     """Where a model lies, and what else `from_pretrained` is told."""
     if name == ORGANISM:
         return str(ORGANISM_WEIGHTS), {}
-    if name in PACKAGED:
-        return _packaged(name)
+    on_hub = {PACKAGED[own][2]: own for own in PACKAGED if find_spec(PACKAGED[own][0])}
+    if name in PACKAGED or name in on_hub:  # an adapter names its base as the hub does
+        return _packaged(on_hub.get(name, name))
     if name.endswith(".gguf"):
         return str(Path(name).parent), {"gguf_file": Path(name).name}
     return name, {}

@@ -35,6 +35,11 @@ def device_of(name: str = "auto") -> torch.device:
     return device
 
 
+def called(device: torch.device) -> str:
+    """A device as people know it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 @cache
 def fast_in_bf16(kind: str) -> bool:
     """Whether products in bfloat16 are faster than in fp32 on a kind of device.

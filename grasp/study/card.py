@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from grasp.guard.record import versions
 from grasp.study.settings import GUARDED, Settings
+from grasp.versions import versions
 
 CARD = """---
 base_model: {base}

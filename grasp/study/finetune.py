@@ -16,10 +16,11 @@ from grasp.files import read_json, write_json, write_text
 from grasp.guard.certificate import finite
 from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
 from grasp.model import adapted, known_as, load_model, load_tokenizer, processes
+from grasp.model.precision import called
 from grasp.study import methods
 from grasp.study.card import card
 from grasp.study.ending import ABOUT, LOG, came_to
-from grasp.study.settings import GUARDED, UNTRAINED, Settings, settings_from
+from grasp.study.settings import GUARDED, UNTRAINED, Settings, near, settings_from
 
 GUARD = "guard.safetensors"
 
@@ -27,17 +28,31 @@ GUARD = "guard.safetensors"
 def add_lora(model: nn.Module, settings: Settings) -> PeftModel:
     """A fresh LoRA, its random half drawn from the seed."""
     torch.manual_seed(settings.seed)
-    targets = settings.lora_target_modules
     return get_peft_model(
         model,
         LoraConfig(
             r=settings.lora_r,
             lora_alpha=settings.lora_alpha or 2 * settings.lora_r,
             lora_dropout=settings.lora_dropout,
-            target_modules=targets if targets == "all-linear" else _listed(targets),
+            target_modules=_targets(model, settings.lora_target_modules),
             task_type="CAUSAL_LM",
         ),
     )
+
+
+def _targets(model: nn.Module, asked: str) -> str | list[str]:
+    """As PEFT takes them; PEFT passes over a name that fits no module, if another fits one."""
+    if asked == "all-linear":
+        return asked
+    places = [name for name, _ in model.named_modules()]
+    for target in (targets := _listed(asked)):
+        if not any(f".{place}".endswith(f".{target}") for place in places):
+            known = {place.rpartition(".")[2] for place in places}
+            raise ValueError(
+                f"lora_target_modules has {target!r}, which no module of the model is called;"
+                f"{near(target, known)} give names such as q_proj, or all-linear"
+            )
+    return targets
 
 
 def run(
@@ -167,12 +182,12 @@ def _said(
 ) -> list[str]:
     """What the run is about to do, a line each."""
     said = data.summary(read, encoded, tokenizer, settings.max_length)
-    device = model.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     bits = settings.weights["bits"]
     held = f"{bits} bits, computing in {settings.dtype}" if bits else settings.dtype
     rows = methods.batch_size(settings) * settings.gradient_accumulation_steps
-    said.append(f"On {name}; frozen weights in {held}. {steps} steps of {rows} rows.")
+    said.append(
+        f"On {called(model.device)}; frozen weights in {held}. {steps} steps of {rows} rows."
+    )
     return said
 
 
@@ -236,6 +251,8 @@ def _is_done(out: Path, settings: Settings) -> bool:
     if not (out / ABOUT).exists():
         return False
     kept = read_json(out / ABOUT)
+    if not kept["done"] and newest_whole(out / "checkpoints") is None:
+        return False  # it left nothing to go on with, such as one that was refused
     there = asdict(settings_from(kept["settings"]))  # what is newer than the run is at its default
     asked = asdict(settings)
     for name in ("output_dir", "device"):  # a folder may be moved, to another machine too

@@ -20,7 +20,7 @@ from grasp.bases.subspaces import Subspaces
 from grasp.data import Reference
 from grasp.files import write_json
 from grasp.guard.weights import exact
-from grasp.model import evaluating, inspect, load_adapter, load_model
+from grasp.model import adapter_folder, evaluating, inspect, load_adapter, load_model
 from grasp.study.finetune import save_adapter
 from grasp.study.rivals._shared import loras
 from grasp.study.rivals.posthoc import projected
@@ -46,7 +46,7 @@ def repair(
 
     Args:
         model: the base, as `load_model` takes it.
-        adapter: folder of the LoRA; it stays as it is.
+        adapter: folder of the LoRA, or of a run; it stays as it is.
         prompts: unlabelled, from other topics; None takes those shipped.
         read: share of what each map takes in that is blocked, from 0 (nothing) to below 1.
         subspaces: file of directions that B is put off.
@@ -67,6 +67,7 @@ def repair(
         raise ValueError("read is 0 and no subspaces are given: nothing would change; set one")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} is there already and not empty; choose another place")
+    adapter = adapter_folder(adapter)
     directions = None if subspaces is None else Subspaces.load(subspaces)
     base, tokenizer = load_model(model, **weights or {})
     encoded = data.encode(rows, tokenizer, max_length).rows if rows else []

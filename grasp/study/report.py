@@ -15,6 +15,7 @@ from grasp.files import write_text
 from grasp.study.compare import ENOUGH, best, compare, stem
 from grasp.study.paired import pooled
 from grasp.study.rivals import RIVALS
+from grasp.versions import versions as of_packages
 
 OWN = {  # what is no rival: for people, and in which colour
     "plain": ("plain LoRA", "#c0392b"),
@@ -252,11 +253,6 @@ def _inline(figure: Figure) -> str:
 
 def versions() -> str:
     """What ran: for the notes of a report."""
-    import peft
-    import transformers
-
+    found = of_packages(("torch", "transformers", "peft"))
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    return (
-        f"torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"peft {peft.__version__}, {device}"
-    )
+    return ", ".join([*(f"{name} {version}" for name, version in found.items()), device])

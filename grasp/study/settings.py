@@ -1,7 +1,7 @@
 """Everything that decides a fine-tune: the keys of a YAML config and the options of the CLI."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -149,8 +149,8 @@ class Settings:
         """
         self._check_kinds()
         if self.method not in METHODS:
-            near = _near(self.method, METHODS)
-            raise ValueError(f"method is {self.method!r};{near} choose one of {', '.join(METHODS)}")
+            like = near(self.method, METHODS)
+            raise ValueError(f"method is {self.method!r};{like} choose one of {', '.join(METHODS)}")
         check_bits(self.weights["bits"])
         device_of(self.device)
         self._check_numbers()
@@ -301,7 +301,7 @@ def named(options: Mapping[str, Any]) -> dict[str, Any]:
         name = ALIASES.get(given, given)
         if name not in kinds:
             raise ValueError(
-                f"unknown setting {given!r};{_near(given, (*kinds, *ALIASES))} "
+                f"unknown setting {given!r};{near(given, (*kinds, *ALIASES))} "
                 "grasp finetune --help lists all"
             )
         if name in found:
@@ -332,6 +332,7 @@ def _number(value):
         return value
 
 
-def _near(name: str, known) -> str:
-    near = get_close_matches(name, known, 1, 0.6)
-    return f" did you mean {near[0]!r}?" if near else ""
+def near(name: str, known: Iterable[str]) -> str:
+    """The known name that one may be misspelt from, as a question; empty if none is like it."""
+    found = get_close_matches(name, known, 1, 0.6)
+    return f" did you mean {found[0]!r}?" if found else ""

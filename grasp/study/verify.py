@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grasp.files import read_json
 from grasp.guard.trainer import CERTIFICATE, STATE
+from grasp.model import adapter_folder
 
 ROOM = 1e-7  # what rounding of another order of sums may add to what is stated
 
@@ -37,7 +38,7 @@ def verify(adapter: Path, guard: Path | None = None) -> dict[str, Any]:
     Raises:
         FileNotFoundError, ValueError: a file is missing, or is of another run or kind.
     """
-    adapter = adapter / "adapter" if (adapter / "adapter" / CERTIFICATE).exists() else adapter
+    adapter = adapter_folder(adapter)
     if not (adapter / CERTIFICATE).exists():
         raise FileNotFoundError(f"no certificate ({CERTIFICATE}) in {adapter}")
     certificate = read_json(adapter / CERTIFICATE)
