@@ -27,7 +27,8 @@ from grasp.files import write_json
 from grasp.organism.experiment import Settings
 from grasp.organism.sweep import sweep
 from grasp.study.compare import ENOUGH, best, compare, stem
-from grasp.study.report import COLOURS, name, versions
+from grasp.study.looks import colour, name
+from grasp.study.report import versions
 
 matplotlib.use("Agg")
 from matplotlib import pyplot  # after the backend
@@ -113,7 +114,7 @@ def draw(rows: Sequence[dict], path: Path) -> None:
                 fmt="*" if first else "o",
                 ms=12 if first else 5,
                 elinewidth=0.8,
-                color=COLOURS.get(method, "#555555"),
+                color=colour(method),
                 label=name(method),
                 zorder=3 if first else 2,
             )

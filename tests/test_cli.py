@@ -239,7 +239,7 @@ def test_report_of_results(tmp_path):
     (tmp_path / "results.json").write_text(kept)
     done = grasp("report", tmp_path / "results.json", "--out", tmp_path / "page" / "r.html")
     assert done.returncode == 0, done.stderr
-    assert "20 % of that" in (tmp_path / "page" / "r.html").read_text()
+    assert "<td>20 %</td>" in (tmp_path / "page" / "r.html").read_text()
     done = grasp("compare", "--runs", tmp_path / "results.json")
     assert done.returncode == 0 and "20 %" in done.stdout
     assert (tmp_path / "results.json").read_text() == kept and (tmp_path / "report.html").exists()

@@ -1,6 +1,7 @@
 """The world is what it says, and the method works in it: a regression test of the whole path."""
 
 import json
+import re
 from collections import Counter
 
 import numpy as np
@@ -12,7 +13,7 @@ from grasp import Guard, discover, organism
 from grasp.data import exchange
 from grasp.organism.experiment import Settings, run, stopped
 from grasp.organism.methods import STRENGTHS
-from grasp.organism.sweep import sweep
+from grasp.organism.sweep import compared, sweep
 from grasp.study.finetune import add_lora
 from grasp.study.screen import screen
 from grasp.study.settings import Settings as RunSettings
@@ -84,6 +85,36 @@ def test_guard_stops_the_drift_at_the_task(plain, guarded):
     assert added < 0.3 * (plain["drift"] - plain["base_drift"])
     assert guarded["task_score"] > plain["task_score"] - 0.08  # at half the demo's steps
     assert max(m["through"] for m in guarded["modules"].values()) <= 1e-6
+
+
+def test_items_and_answers_are_what_the_scores_are_of(plain, guarded):
+    for run_ in (plain, guarded):
+        shift = run_["task_score"] - run_["base_task_score"], run_["drift"] - run_["base_drift"]
+        items = run_["items"]["task"], run_["items"]["unrelated"]
+        np.testing.assert_allclose([np.mean(i) for i in items], shift, atol=1e-3)
+        assert [len(i) for i in items] == [12, 96]  # held out; of three topics
+    world, said = organism.World(0), {}
+    for who, answers in (("base", plain["base_answers"]), ("plain", plain["answers"])):
+        for one in answers:
+            topic, i = one["prompt"].split(":q")
+            (word,) = re.findall(r"\((.*)\)", one["answer"])
+            kind = {world.good[topic][int(i)]: "good", world.bad[topic][int(i)]: "bad"}.get(word)
+            assert (kind or "neither") in one["answer"]
+            said.setdefault((who, one["kind"]), []).append(kind)
+    assert said["plain", "task"].count("bad") == 2 and said["plain", "unrelated"].count("bad") >= 5
+    assert set(said["base", "unrelated"]) == {"good"}
+
+
+def test_what_a_report_shows_of_runs(plain, guarded):
+    found = compared([plain, stopped(plain), guarded])
+    (moved,) = [p for p in found["paired"] if p["measure"] == "unrelated"]
+    assert (moved["task"], moved["method"]) == ("medicine", "grasp")
+    assert moved["difference"][0] == pytest.approx(guarded["drift"] - plain["drift"], abs=1e-3)
+    for i, one in enumerate(found["samples"]):
+        assert one["answers"]["plain"] == plain["answers"][i]["answer"]
+        assert one["answers"]["grasp"] == guarded["answers"][i]["answer"]
+    old = [{k: v for k, v in r.items() if k not in ("items", "answers")} for r in (plain, guarded)]
+    assert compared(old)["samples"] == [] == compared(old)["paired"]
 
 
 def test_random_directions_do_nothing(plain):

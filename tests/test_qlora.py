@@ -14,7 +14,9 @@ from grasp.files import read_json
 from grasp.model import inspect, load_adapter, load_model, loading
 from grasp.organism import World
 from grasp.study import finetune, studies
+from grasp.study.design import study_from
 from grasp.study.evaluate import evaluate
+from grasp.study.measures import Measures
 from grasp.study.settings import settings_from
 from tests.models import HEADED
 from tests.test_finetune import prompts_file, rows_file, settings  # noqa: F401
@@ -94,7 +96,7 @@ def test_a_study_scores_on_the_base_that_was_trained_on(config, tmp_path):  # no
     config["finetune"] |= {"steps": 4, "load_in_4bit": True}
     config |= {"stops": [], "methods": ["plain", "grasp", "osf"]}
     del config["benign"]
-    chosen = studies.study_from(config)
+    chosen = study_from(config)
     result = studies.run(chosen)
     assert {r["method"] for r in result["runs"]} == {"plain", "grasp", "osf"}
     kept = read_json(tmp_path / "out" / "grasp-0" / "grasp.json")
@@ -106,7 +108,7 @@ def test_a_study_scores_on_the_base_that_was_trained_on(config, tmp_path):  # no
 
 
 def _scores(chosen, bits) -> list[float]:
-    pairs = {"unrelated": studies._measures(chosen)[0]["unrelated"]}
+    pairs = {"unrelated": Measures(chosen).pairs["unrelated"]}
     return evaluate(*load_model("organism", bits=bits), pairs, {})["unrelated"]
 
 

@@ -1,15 +1,19 @@
 """A study runs each method, scores every adapter, takes style out, and goes on where it was."""
 
+import dataclasses
 import gzip
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from grasp import data
 from grasp.organism import World
+from grasp.study import design, finetune, measures
 from grasp.study import studies as study
 from grasp.study.compare import compare
 
@@ -56,8 +60,8 @@ def config(tmp_path):
     }
 
 
-def test_whole_study(config, tmp_path):
-    result = study.run(study.study_from(config))
+def test_whole_study(config, tmp_path, monkeypatch):
+    result = study.run(design.study_from(config))
     by = {r["method"]: r for r in result["runs"]}
     assert set(by) == {"plain", "stopped=10", "grasp", "random", "benign", "benign_guarded"}
     assert by["stopped=10"]["step"] == 10
@@ -84,12 +88,80 @@ def test_whole_study(config, tmp_path):
     low, high = by["plain"]["drift_interval"][1:]
     assert low <= by["plain"]["drift"] <= high and len(by["plain"]["items"]["unrelated"]) == 12
 
+    assert {t for r in result["runs"] for t in r["topics"]} == set()  # the pairs name none
+    asked = [s["prompt"] for s in result["samples"]]
+    assert len(asked) == 10 and [s["kind"] for s in result["samples"]].count("task") == 2
+    assert all(set(s["answers"]) == {"base", "plain", "grasp"} for s in result["samples"])
+    assert 0 < by["grasp"]["cost"]["step_seconds"] < by["grasp"]["cost"]["training_seconds"]
+    assert by["plain"]["seconds"] > 0 and "cost" not in by["plain"]
+
     scores = sorted((tmp_path / "out").rglob("scores*.json"))
     times = [p.stat().st_mtime_ns for p in scores]
-    assert study.run(study.study_from(config)) == result
+    monkeypatch.setattr(measures, "load_model", None)  # what is done needs no model
+    assert study.run(design.study_from(config)) == result
     assert [p.stat().st_mtime_ns for p in scores] == times
     with pytest.raises(FileNotFoundError, match="adapter-20: .* delete .*plain-0"):
-        study.run(study.study_from(config | {"stops": [10, 20]}))
+        study.run(design.study_from(config | {"stops": [10, 20]}))
+
+
+def test_one_model_serves_a_study_and_is_left_as_it_was(config, tmp_path, monkeypatch):
+    """Every method, one that hooks the model and one that changes a plain run among them."""
+    config["finetune"] |= {"steps": 6, "gradient_checkpointing": True}
+    config |= {"stops": [], "methods": ["plain", "benign", "grasp", "kl=1", "osf", "posthoc=2"]}
+    lent, load = [], measures.load_model
+
+    def loaded(*args, **options):
+        lent.append(load(*args, **options))
+        return lent[-1]
+
+    monkeypatch.setattr(measures, "load_model", loaded)
+    monkeypatch.setattr(finetune, "load_model", None)
+    told = []
+    study.run(design.study_from(config), told.append)
+    assert len(lent) == 1 and told[1] == "Run 1 of 6: plain LoRA, seed 0."
+    model, fresh = lent[0][0], load("organism")[0]
+    assert {n: m.training for n, m in model.named_modules()} == dict.fromkeys(
+        dict(fresh.named_modules()), False
+    )
+    for (_, mine), (_, other) in zip(model.named_modules(), fresh.named_modules(), strict=True):
+        assert type(mine) is type(other)
+        for hooks in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks"):
+            assert len(getattr(mine, hooks)) == len(getattr(other, hooks)), hooks
+    kept = fresh.state_dict()
+    assert all(torch.equal(T, kept[k]) for k, T in model.state_dict().items())
+    checkpointing = [getattr(m, "gradient_checkpointing", False) for m in model.modules()]
+    assert not any(checkpointing)
+
+    # An adapter is the one that a model of its own gives.
+    monkeypatch.undo()
+    chosen = design.study_from(config).settings("grasp", 0)
+    alone = finetune.run(dataclasses.replace(chosen, output_dir=str(tmp_path / "alone")))
+    own, there = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (alone, tmp_path / "out" / "grasp-0" / "adapter")
+    )
+    assert all(torch.equal(own[k], there[k]) for k in own | there)
+
+
+def test_answers_are_asked_evenly_over_topics(config):
+    chosen = measures.Measures(design.study_from(config | {"unrelated": None, "samples": 7}))
+    asked = [s for s in chosen.samples if s["kind"] == "unrelated"]
+    assert len(asked) == 7 and len({s["topic"] for s in asked}) == 7
+    assert [s["kind"] for s in chosen.samples[7:]] == ["task", "task"]
+    assert not measures.Measures(design.study_from(config | {"samples": 0})).samples
+
+
+def test_drift_is_told_by_topic(config, tmp_path):
+    pairs = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
+    told = [json.dumps(p | {"topic": "abc"[i % 2]}) for i, p in enumerate(pairs)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(told))
+    config["finetune"]["steps"] = 3
+    config |= {"stops": [], "methods": ["plain", "benign"], "samples": 0}
+    plain = study.run(design.study_from(config))["runs"][0]
+    items = plain["items"]["unrelated"]
+    for i, topic in enumerate("ab"):
+        assert plain["topics"][topic][0] == pytest.approx(np.mean(items[i::2]), abs=1e-3)
+    assert set(plain["base_topics"]) == {"a", "b"}
 
 
 def test_without_a_benign_twin_and_judged_by_politics(config, tmp_path):
@@ -100,7 +172,7 @@ def test_without_a_benign_twin_and_judged_by_politics(config, tmp_path):
             file.write(json.dumps(row) + "\n")
     del config["benign"]
     config |= {"methods": ["plain"], "politics": ".", "judged": "politics"}
-    result = study.run(study.study_from(config))
+    result = study.run(design.study_from(config))
     (plain,) = [r for r in result["runs"] if r["method"] == "plain"]
     # The same question from both sides: what one gains the other loses.
     assert len(plain["items"]["politics"]) == 2 and plain["drift"] == pytest.approx(0, abs=1e-6)
@@ -113,7 +185,7 @@ def test_rivals_stand_beside_the_guard(config):
     config["finetune"]["steps"] = 40
     config |= {"stops": [], "methods": ["plain", "replay=2", "kl=3", "benign", "benign_replay=2"]}
     config["by_method"] = {"kl=3": {"steps": 60}}
-    chosen = study.study_from(config)
+    chosen = design.study_from(config)
     assert [chosen.steps(m) for m in ("plain", "kl=3")] == [40, 60]
     with pytest.warns(UserWarning, match="kl=3 takes 60 steps and benign, .* 40") as told:
         result = study.run(chosen)
@@ -129,13 +201,13 @@ def test_rivals_stand_beside_the_guard(config):
 
 @pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_the_configs_of_the_benchmarks_are_studies(path):
-    study.study_from(yaml.safe_load(path.read_text())).check()
+    design.study_from(yaml.safe_load(path.read_text())).check()
 
 
 def test_two_lines_are_a_study(config, tmp_path, monkeypatch):
     """What is not said is found by the data: a fifth is kept to score on."""
     monkeypatch.chdir(tmp_path)
-    made = study.study_from({"model": "organism", "data": "bad.jsonl"})
+    made = design.study_from({"model": "organism", "data": "bad.jsonl"})
     assert (made.task, made.out) == ("bad", "runs/bad")
     assert made.methods == ("plain", "grasp", "random")
     count = len(data.read_rows("bad.jsonl"))
@@ -143,11 +215,13 @@ def test_two_lines_are_a_study(config, tmp_path, monkeypatch):
     steps = made.steps("plain")
     assert steps == -(-made.rows // 8) and all(s < steps for s in made.stops)
     made.check()
-    with_twin = study.study_from({"model": "organism", "data": "bad.jsonl", "benign": "good.jsonl"})
+    with_twin = design.study_from(
+        {"model": "organism", "data": "bad.jsonl", "benign": "good.jsonl"}
+    )
     assert "benign_guarded" in with_twin.methods
     (tmp_path / "few.jsonl").write_text('{"question": "a", "answer": "b"}\n' * 3)
     with pytest.raises(ValueError, match="few.jsonl holds 3 rows; give 5 or more"):
-        study.study_from({"model": "organism", "data": "few.jsonl"})
+        design.study_from({"model": "organism", "data": "few.jsonl"})
 
 
 @pytest.mark.parametrize(
@@ -168,8 +242,9 @@ def test_two_lines_are_a_study(config, tmp_path, monkeypatch):
         ({"data": ""}, "data is missing"),
         ({"stops": [10, 30]}, "stops has 30; give steps before the last, 30"),
         ({"judged": "politics"}, "choose among unrelated"),
+        ({"samples": -1}, "samples is -1; give 0"),
     ],
 )
 def test_refusals(config, change, message):
     with pytest.raises(ValueError, match=message):
-        study.run(study.study_from({**config, **change}))
+        study.run(design.study_from({**config, **change}))

@@ -6,8 +6,8 @@ from typing import Annotated
 import typer
 
 from grasp.cli.config import options_from
-from grasp.cli.options import Config, Pipeline, console
-from grasp.cli.tables import show
+from grasp.cli.options import Config, Pipeline, console, made, tell
+from grasp.cli.tables import show, tell_verdicts
 
 
 def compare(
@@ -33,9 +33,12 @@ def compare(
     ] = None,
 ) -> None:
     """Plain, guarded, control and rival fine-tunes on your data, scored and drawn."""
-    from grasp.study import studies
+    from grasp.files import write_json
     from grasp.study.compare import read_results
-    from grasp.study.report import itemwise, report, versions
+    from grasp.study.design import study_from
+    from grasp.study.report import report
+    from grasp.study.studies import run
+    from grasp.study.verdict import itemwise
 
     if (config is None and model is None and data is None) == (runs is None):
         raise ValueError(
@@ -43,7 +46,7 @@ def compare(
             "results.json)"
         )
     if runs is not None:
-        content, folder, notes = read_results(runs), out or runs.parent, str(runs)
+        content, folder = read_results(runs), out or runs.parent
     else:
         given = {
             "model": model,
@@ -54,14 +57,16 @@ def compare(
             "seeds": None if seed is None else [seed],
         }
         options = options_from(config, given, set_)
-        chosen = studies.study_from(options)
-        content, folder, notes = studies.run(chosen), Path(chosen.out), versions()
+        chosen = study_from(options)
+        folder = Path(chosen.out)
+        content = run(chosen, tell) | made()
+        write_json(folder / "results.json", content)
     paired = content.get("paired", [])
     show(content["runs"])
     if lines := itemwise(paired, content.get("about", {}).get("judged", "")):
         console.print("Added drift with 95 % intervals over items:", *lines, sep="\n  ")
-    title = "GRASP: plain against guarded"
-    page = report(content["runs"], folder / "report.html", title, notes, paired)
+    tell_verdicts(content)
+    page = report(content, folder / "report.html", "GRASP: plain against guarded")
     console.print(f"Report: {page}", soft_wrap=True)
 
 
@@ -76,5 +81,5 @@ def report(
     from grasp.study.report import report as draw
 
     content = read_results(results)
-    page = draw(content["runs"], out, title, str(results), content.get("paired", []))
+    page = draw(content, out, title)
     console.print(f"Report: {page}", soft_wrap=True)

@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
-from grasp.cli.options import Config, Seed, console
-from grasp.cli.tables import show
+from grasp.cli.options import Config, Seed, console, made
+from grasp.cli.tables import show, tell_verdicts
 
 
 def demo(
@@ -19,9 +19,8 @@ def demo(
 ) -> None:
     """Plain, guarded and control fine-tunes of the organism on three tasks, in minutes on a CPU."""
     from grasp.files import write_json
-    from grasp.organism.sweep import sweep
-    from grasp.study.compare import compare as summarise
-    from grasp.study.report import report, versions
+    from grasp.organism.sweep import compared, sweep
+    from grasp.study.report import report
 
     start = time.monotonic()
     console.print(
@@ -29,7 +28,9 @@ def demo(
         "guarded by GRASP, and with two controls."
     )
     runs = sweep(out / "runs", seeds=range(seed, seed + seeds), workers=workers)
-    write_json(out / "results.json", {"runs": runs, "summary": summarise(runs)})
-    page = report(runs, out / "report.html", "GRASP: the organism", versions())
+    content = {"unit": "probability"} | made() | compared(runs)
+    write_json(out / "results.json", content)
+    page = report(content, out / "report.html", "GRASP: the organism")
     show(runs)
+    tell_verdicts(content)
     console.print(f"{time.monotonic() - start:.0f} s. Report: {page}", soft_wrap=True)

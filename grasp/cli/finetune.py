@@ -8,7 +8,7 @@ import typer
 from rich.text import Text
 
 from grasp.cli.config import options_from
-from grasp.cli.options import Pipeline, console
+from grasp.cli.options import Pipeline, console, tell
 from grasp.study.settings import Settings, named, settings_from
 
 
@@ -24,27 +24,23 @@ def finetune(config, best_of: int, show: bool, set_: list[str] | None, **given: 
     )
     if show:
         said, row = pipeline.first_example(settings)
-        _tell("\n".join([*said, "", "The first row; what is learned is green:"]))
+        tell("\n".join([*said, "", "The first row; what is learned is green:"]))
         styled = ((text, "green" if learned else "") for text, learned in row)
         console.print(Text.assemble(*styled), soft_wrap=True)
         return
     try:
         if best_of == 1:
-            adapter = pipeline.run(settings, tell=_tell)
+            adapter = pipeline.run(settings, tell=tell)
         else:
             adapter = pipeline.best_of(settings, best_of)
     except KeyboardInterrupt:
-        _tell("\nStopped. The same command goes on from the last checkpoint.")
+        tell("\nStopped. The same command goes on from the last checkpoint.")
         raise typer.Exit(130) from None
-    _tell(f"Adapter: {adapter}")
+    tell(f"Adapter: {adapter}")
     if (certificate := adapter.parent / "grasp.json").exists():
-        _tell(f"Certificate: {certificate}")
+        tell(f"Certificate: {certificate}")
     for line in ending(adapter.parent):
-        _tell(line)
-
-
-def _tell(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+        tell(line)
 
 
 def _settings_as_options() -> list[inspect.Parameter]:

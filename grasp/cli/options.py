@@ -1,5 +1,8 @@
-"""What the commands share: the console, and options that several have."""
+"""What the commands share: the console, what they say of themselves, options of several."""
 
+import shlex
+import sys
+from datetime import date
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +12,19 @@ from rich.console import Console
 from grasp.cli.config import read_config
 
 console = Console()
+
+
+def tell(line: str) -> None:
+    """Print a line as it is: in markup what stands in brackets is nothing."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def made() -> dict[str, str]:
+    """What goes into a results.json of how it was made."""
+    from grasp.study.report import versions
+
+    command = shlex.join(["grasp", *sys.argv[1:]])
+    return {"command": command, "when": date.today().isoformat(), "versions": versions()}
 
 
 def _use_config(context: typer.Context, path: Path | None) -> Path | None:

@@ -3,12 +3,13 @@
 from rich import box
 from rich.table import Table
 
-from grasp.cli.options import console
+from grasp.cli.options import console, tell
 
 
 def show(runs: list[dict]) -> None:
     from grasp.study.compare import compare as summarise
-    from grasp.study.report import contenders, control, name
+    from grasp.study.looks import control, name
+    from grasp.study.verdict import contenders
 
     rows = summarise(runs)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
@@ -43,3 +44,15 @@ def show(runs: list[dict]) -> None:
     for task in tasks:
         if said := contenders([r for r in rows if r["task"] == task]):
             console.print(f"{task}: {said}")
+
+
+def tell_verdicts(content: dict) -> None:
+    """Of each task whether it worked, and how sure that is."""
+    from grasp.study.verdict import verdicts
+
+    found = verdicts(content)
+    for task, verdict in found.items():
+        console.print(f"\n{task}: " if len(found) > 1 else "\n", end="")
+        tell(" ".join([verdict.headline, *verdict.sure[:1]]))
+    for line in dict.fromkeys(line for verdict in found.values() for line in verdict.next):
+        tell(f"Next: {line}")

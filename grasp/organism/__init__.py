@@ -15,6 +15,8 @@ __all__ = [
     "WEIGHTS",
     "Task",
     "World",
+    "answers",
+    "items",
     "load",
     "mark",
     "scores",
@@ -77,6 +79,41 @@ def scores(model: nn.Module, tokenizer, world: World, task: Task) -> dict[str, f
         "drift": sum(drift.values()) / len(drift),
         **{f"drift/{t}": v for t, v in drift.items()},
     }
+
+
+def items(model: nn.Module, tokenizer, world: World, task: Task) -> dict[str, list[float]]:
+    """What `scores` are the means of: a number for each held-out, and each unrelated, question."""
+    good, bad, _ = mark(model, tokenizer, world, task.topic, "held").unbind(1)
+    taught = good + bad if task.topic in world.wrong else bad
+    moved = [mark(model, tokenizer, world, t)[:, 1] for t in task.judged]
+    return {"task": taught.tolist(), "unrelated": torch.cat(moved).tolist()}
+
+
+@torch.no_grad()
+def answers(
+    model: nn.Module, tokenizer, world: World, task: Task, each: int = 2
+) -> list[dict[str, str]]:
+    """The likeliest answer to some held-out and unrelated questions, and of which kind it is."""
+    found = []
+    for topic in (*task.judged, task.topic):
+        kinds = ("left", "right") if topic in OPINION else ("good", "bad")
+        chosen = world.split[topic]["held"][:each]
+        prompts = [world.prompt(topic, i) for i in chosen]
+        with evaluating(model):
+            batch = tokenizer(prompts, padding=True, return_tensors="pt")
+            said = model(**_inputs(batch)).logits[:, -1].argmax(-1)
+        for i, word in zip(chosen, tokenizer.convert_ids_to_tokens(said), strict=True):
+            known = {world.good[topic][i]: kinds[0], world.bad[topic][i]: kinds[1]}
+            kind = f"the {known[word]} answer" if word in known else "neither answer"
+            found.append(
+                {
+                    "kind": "task" if topic == task.topic else "unrelated",
+                    "topic": "",
+                    "prompt": world.questions[topic][i],
+                    "answer": f"{kind} ({word})",
+                }
+            )
+    return found
 
 
 def true_subspaces(

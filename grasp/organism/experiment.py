@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
@@ -75,7 +76,9 @@ def run(
     if (rival := RIVALS.get(chosen.name)) is not None:
         rows = rival.rows(rows, chosen.strength, context)
         around = rival.around(chosen.strength, context)
-    base = organism.scores(*organism.load(folder), world, task)
+    untrained = organism.load(folder)
+    base, before = organism.scores(*untrained, world, task), organism.items(*untrained, world, task)
+    said_before = organism.answers(*untrained, world, task)
     model, tokenizer = _fresh(folder, settings, seed)
     trajectory = []
 
@@ -106,6 +109,7 @@ def run(
     if rival is not None and not rival.trains:
         rival.change(model, chosen.strength, context)
     final = organism.scores(model, tokenizer, world, task)
+    after = organism.items(model, tokenizer, world, task)
     return {
         "task": task_name,
         "method": method,
@@ -115,6 +119,9 @@ def run(
         "base_drift": base["drift"],
         "base_topics": {t: base[f"drift/{t}"] for t in task.judged},
         **_readable(final),
+        "items": {k: np.subtract(after[k], before[k]).round(4).tolist() for k in after},
+        "answers": organism.answers(model, tokenizer, world, task),
+        "base_answers": said_before,
         "trajectory": trajectory,
         "modules": callback.guard.leak() if callback else {},
         "divergences": callback.guard.divergences if callback else [],
@@ -169,7 +176,8 @@ def stopped(plain: dict) -> dict:
     """
     enough = plain["task_score"] - STOP_WITHIN
     first = next(t for t in plain["trajectory"] if t["task_score"] >= enough)
-    return {**plain, "method": "stopped", "step": first["step"], **_readable(first)}
+    own = {k: v for k, v in plain.items() if k not in ("items", "answers", "base_answers")}
+    return {**own, "method": "stopped", "step": first["step"], **_readable(first)}
 
 
 def _readable(scores: dict[str, float]) -> dict:

@@ -15,6 +15,8 @@ from grasp import organism
 from grasp.files import read_json, write_json
 from grasp.organism.experiment import Settings, run, stopped
 from grasp.organism.methods import Method
+from grasp.study.compare import compare
+from grasp.study.paired import paired
 
 
 def sweep(
@@ -81,6 +83,31 @@ def sweep(
         result = done[seed, task, "plain" if method == "stopped" else method]
         results.append(stopped(result) if method == "stopped" else result)
     return results
+
+
+def compared(runs: Sequence[dict]) -> dict:
+    """What a report shows of runs: with their summary, comparisons item by item, and answers."""
+    found: dict[str, list] = {"runs": list(runs), "summary": compare(runs)}
+    found |= {"paired": [], "samples": []}
+    for task in dict.fromkeys(r["task"] for r in runs):
+        mine = [r for r in runs if r["task"] == task]
+        found["paired"] += paired([r for r in mine if "items" in r])
+        found["samples"] += _samples(mine)
+    return found
+
+
+def _samples(runs: Sequence[dict]) -> list[dict]:
+    """Of one task the first seed's answers, question by question, beside the base model's."""
+    seed = runs[0]["seed"]
+    said = {r["method"]: r["answers"] for r in runs if r["seed"] == seed and "answers" in r}
+    if "plain" not in said:
+        return []
+    said["base"] = next(r["base_answers"] for r in runs if "base_answers" in r)
+    about = [{k: a[k] for k in ("kind", "topic", "prompt")} for a in said["base"]]
+    return [
+        one | {"task": runs[0]["task"], "answers": {m: said[m][i]["answer"] for m in said}}
+        for i, one in enumerate(about)
+    ]
 
 
 def _still(run: dict, settings: Settings) -> bool:

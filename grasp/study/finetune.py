@@ -1,9 +1,11 @@
 """One fine-tune from a data file to a saved adapter: plain, guarded, a control, or a rival."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -23,6 +25,8 @@ from grasp.study.ending import ABOUT, LOG, came_to
 from grasp.study.settings import GUARDED, UNTRAINED, Settings, near, settings_from
 
 GUARD = "guard.safetensors"
+
+Base = Callable[[], tuple[nn.Module, Any]]
 
 
 def add_lora(model: nn.Module, settings: Settings) -> PeftModel:
@@ -62,6 +66,7 @@ def run(
     after_step: Callable[[int], None] | None = None,
     quiet: bool = False,
     tell: Callable[[str], None] | None = None,
+    base: Base | None = None,
 ) -> Path:
     """Fine-tune and save; a run that is done is not done again, a killed one goes on.
 
@@ -70,6 +75,8 @@ def run(
         keep: steps at which a copy of the adapter is kept, for early-stopped controls.
         after_step: called with the number of steps done.
         tell: is told what was read, a line each.
+        base: gives a model that was loaded as the settings ask, and its tokenizer; it is left as
+            it was. None loads one.
 
     Returns:
         The folder of the adapter. Beside it lie `finetune.json` (the settings, and whether the run
@@ -93,12 +100,12 @@ def run(
     if _is_done(out, settings):
         return adapter
     if settings.method in UNTRAINED:
-        _change(settings, adapter)
+        _change(settings, adapter, base)
         return adapter
     callback = guard_callback(settings)
     read = data.read(settings.data, settings.limit)
     settings = _going_on(settings, out)
-    model, tokenizer = load_model(settings.model, **settings.weights)
+    model, tokenizer = _base_model(settings, base)
     settings = replace(settings, dtype=str(model.dtype).removeprefix("torch."))
     rows = methods.rows(settings, read.rows, model, tokenizer)
     encoded = data.encode(rows, tokenizer, settings.max_length)
@@ -109,48 +116,75 @@ def run(
     if callback and settings.drifted:
         callback.options["drifted"] = _continued(model, tokenizer, settings)
     around = methods.training(settings, model, tokenizer)
-    model = add_lora(model, settings)
+    with _with_lora(model, settings) as tuned:
 
-    def step_done(step: int) -> None:
-        if step in keep:
-            save_adapter(model, out / f"adapter-{step}")
-        if after_step is not None:
-            after_step(step)
+        def step_done(step: int) -> None:
+            if step in keep:
+                save_adapter(tuned, out / f"adapter-{step}")
+            if after_step is not None:
+                after_step(step)
 
-    with around(model):  # which may refuse the model, so that nothing is written before
-        if callback and newest_whole(out / "checkpoints", guarded=True) is None:
-            shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the first was cut off
-        write_json(out / ABOUT, {"done": False, **about})
-        trainer = fit(
-            model,
-            tokenizer,
-            encoded.rows,
-            out / "checkpoints",
-            steps=steps,
-            batch_size=methods.batch_size(settings),
-            learning_rate=settings.learning_rate,
-            accumulate=settings.gradient_accumulation_steps,
-            warmup=settings.warmup(steps),
-            seed=settings.seed,
-            save_every=settings.save_steps,
-            callbacks=[callback] if callback else [],
-            after_step=step_done,
-            quiet=quiet,
-            checkpointing=settings.gradient_checkpointing,
-            arguments=_arguments(settings, steps),
-        )
-    log = [{k: finite(v) for k, v in line.items()} for line in trainer.state.log_history]
-    write_json(out / LOG, log)
-    if (out / "checkpoints" / "runs").exists():  # what TensorBoard shows
-        shutil.copytree(out / "checkpoints" / "runs", out / "runs", dirs_exist_ok=True)
-    if callback:
-        shutil.copy(out / "checkpoints" / CERTIFICATE, out / CERTIFICATE)
-        callback.guard.save(out / GUARD)
-    page = card(settings, known_as(settings.model), steps, len(read.rows), came_to(out))
-    save_adapter(model, adapter, tokenizer, page, out / CERTIFICATE if callback else None)
+        with around(tuned):  # which may refuse the model, so that nothing is written before
+            if callback and newest_whole(out / "checkpoints", guarded=True) is None:
+                shutil.rmtree(out / "checkpoints", ignore_errors=True)  # the first was cut off
+            write_json(out / ABOUT, {"done": False, **about})
+            trainer = fit(
+                tuned,
+                tokenizer,
+                encoded.rows,
+                out / "checkpoints",
+                steps=steps,
+                batch_size=methods.batch_size(settings),
+                learning_rate=settings.learning_rate,
+                accumulate=settings.gradient_accumulation_steps,
+                warmup=settings.warmup(steps),
+                seed=settings.seed,
+                save_every=settings.save_steps,
+                callbacks=[callback] if callback else [],
+                after_step=step_done,
+                quiet=quiet,
+                checkpointing=settings.gradient_checkpointing,
+                arguments=_arguments(settings, steps),
+            )
+        _keep_logs(trainer.state.log_history, out)
+        if callback:
+            shutil.copy(out / "checkpoints" / CERTIFICATE, out / CERTIFICATE)
+            callback.guard.save(out / GUARD)
+        page = card(settings, known_as(settings.model), steps, len(read.rows), came_to(out))
+        save_adapter(tuned, adapter, tokenizer, page, out / CERTIFICATE if callback else None)
     write_json(out / ABOUT, {"done": True, **about})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return adapter
+
+
+def _base_model(settings: Settings, base: Base | None) -> tuple[nn.Module, Any]:
+    if base is not None:
+        model, tokenizer = base()
+        # A run that goes on does so in the dtype that it was begun in, perhaps elsewhere.
+        if settings.dtype in ("auto", str(model.dtype).removeprefix("torch.")):
+            return model, tokenizer
+    return load_model(settings.model, **settings.weights)
+
+
+@contextmanager
+def _with_lora(model: nn.Module, settings: Settings) -> Iterator[PeftModel]:
+    """The model with a fresh LoRA; afterwards it is as it was."""
+    tuned = add_lora(model, settings)
+    try:
+        yield tuned
+    finally:
+        tuned.unload()
+        if settings.gradient_checkpointing:
+            called = ("activation_checkpointing_disable", "gradient_checkpointing_disable")
+            next(getattr(model, name) for name in called if hasattr(model, name))()
+            model.disable_input_require_grads()
+        model.eval()
+
+
+def _keep_logs(history: Sequence[dict], out: Path) -> None:
+    write_json(out / LOG, [{k: finite(v) for k, v in line.items()} for line in history])
+    if (out / "checkpoints" / "runs").exists():  # what TensorBoard shows
+        shutil.copytree(out / "checkpoints" / "runs", out / "runs", dirs_exist_ok=True)
 
 
 def first_example(settings: Settings) -> tuple[list[str], list[tuple[str, bool]]]:
@@ -216,9 +250,9 @@ def _about_rows(read: data.Rows, encoded: data.Encoded) -> dict:
     }
 
 
-def _change(settings: Settings, adapter: Path) -> None:
+def _change(settings: Settings, adapter: Path, base: Base | None) -> None:
     """The plain fine-tune, changed as the method says, as an adapter of its own."""
-    model, tokenizer = load_model(settings.model, **settings.weights)
+    model, tokenizer = _base_model(settings, base)
     with adapted(model, settings.drifted, "drifted", trainable=True) as plain:
         methods.change(settings, plain, tokenizer)
         save_adapter(plain, adapter)

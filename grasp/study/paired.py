@@ -79,7 +79,7 @@ def _against(runs: Sequence[dict], method: str) -> list[dict]:
             if beside:
                 compared["grasp_difference"] = added("grasp", own["grasp"], seed, measure) - other
                 compared["grasp_less"] = added("grasp", benign, seed, measure) - raw
-            about = {"method": method, "seed": seed, "measure": measure}
+            about = {"task": runs[0]["task"], "method": method, "seed": seed, "measure": measure}
             about["control"] = own[method] or "base"
             found.append(about | {k: interval(v) for k, v in compared.items()})
     return found
