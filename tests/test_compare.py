@@ -208,6 +208,9 @@ def test_noise_is_no_success():
         nothing = judged(changed(runs(), "plain", drift=drift))
         assert nothing.kind == "nothing" and "nothing to prevent" in nothing.headline
         assert "worked" not in nothing.headline and "Use the plain" in nothing.next[0]
+        assert ("away from bad" in nothing.happened[1]) == (drift < 0.1)
+        assert f"shift of the plain run is {drift - 0.1:+.3f}" in nothing.sure[0]
+        assert all(r["share"] is None for r in compare(changed(runs(), "plain", drift=drift)))
     small = comparison("all", 0.02, plain_beyond_benign=[0.01, -0.02, 0.04])
     assert judged(runs(), small).kind == "nothing"
     # Too little of the task does not hide that there was nothing to prevent.

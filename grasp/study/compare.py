@@ -71,7 +71,7 @@ def compare(runs: Sequence[dict], against: str = "plain") -> list[dict]:
                 "base_drift": float(np.mean([r["base_drift"] for r in mine])),
                 "added": interval(added),
                 "task_loss": task_there - score[0],
-                "share": float(np.mean(added)) / added_there if added_there else None,
+                "share": float(np.mean(added)) / added_there if added_there > 0 else None,
             }
         )
     for row in rows:

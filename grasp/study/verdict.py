@@ -187,7 +187,11 @@ def _headline(found: Found) -> str:
 def _happened(found: Found, guard: dict, unit: str) -> list[str]:
     said = [_plainly(found.plain, unit)]
     if found.kind == "nothing":
-        said.append("So small a shift can't be told apart from none: no guard was needed.")
+        said.append(
+            "That is away from bad answers: no guard was needed."
+            if found.plain[0] < 0
+            else "That can't be told apart from no shift at all: no guard was needed."
+        )
     nil = found.over and found.guard[1] <= 0 <= found.guard[2]
     said.append(
         f"With the guard they moved by {found.guard[0]:+.3f}"
@@ -217,9 +221,11 @@ def _sure(
 ) -> list[str]:
     if not found.over:
         return ["One seed, one number each: how sure this is can't be said. Run more seeds."]
-    mean, low, high = found.difference
+    which, (mean, low, high) = "difference that the guard made", found.difference
+    if found.kind == "nothing":
+        which, (mean, low, high) = "shift of the plain run", found.plain
     said = [
-        f"The difference that the guard made is {mean:+.3f}{UNITS[unit].short}, "
+        f"The {which} is {mean:+.3f}{UNITS[unit].short}, "
         f"95 % sure to lie between {low:+.3f} and {high:+.3f} (over "
         f"{'the questions' if found.over == 'items' else 'the seeds'})."
     ]
