@@ -2,8 +2,14 @@
 
 GRASP_CUDA=auto (default) builds it where nvcc, ninja and torch's headers are found, 1 fails without
 them, 0 leaves it out; GRASP_CUDA_ARCHS=90a,100 builds for those alone, MAX_JOBS limits how many
-compilers run at a time. Nothing is downloaded and no GPU is asked for. torch must be importable,
-so install with `pip install --no-build-isolation .`, or run `python setup.py build_ext --inplace`.
+compilers run at a time, GRASP_VERSION_TAG=+cu130 stands behind the version. Nothing is downloaded
+and no GPU is asked for. torch must be importable, so install with
+`pip install --no-build-isolation .`, or run `python setup.py build_ext --inplace`.
+
+Why not torch's CUDAExtension: it imports torch to say what the package is called, refuses an nvcc
+of another version than torch's own, though the library needs neither, cannot be used beside a torch
+without CUDA, builds for one Python, and does not link libtorch, without which a library that
+Python loads finds none of its symbols. ninja, which it uses as well, is driven here directly.
 """
 
 import importlib.util
@@ -78,32 +84,43 @@ def architectures() -> list[str]:
     return [a for a in ARCHITECTURES if f"compute_{a.rstrip('a')}" in known]
 
 
+def smaller() -> list[str]:
+    """A fifth of the bytes, unpacked when a kernel is loaded: known to nvcc since 12.8."""
+    said = subprocess.run([nvcc(), "--help"], check=True, capture_output=True, text=True).stdout
+    return ["--compress-mode=size"] if "--compress-mode" in said else []
+
+
 def ninja_file(objects: Path, library: Path) -> str:
     """What ninja is to do: each source to an object, made anew when a header it read changes."""
     chosen = architectures()
     newest = max((a.rstrip("af") for a in chosen), key=int)
     flags = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in chosen]
     flags.append(f"-gencode=arch=compute_{newest},code=compute_{newest}")  # for what comes
-    flags += ["-x", "cu", "-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden"]
+    flags += ["-O3", "-std=c++20", "-Xcompiler", "-fPIC,-fvisibility=hidden", *smaller()]
+    # Kept, and so by names that are always the same: nvcc writes them into what it makes.
+    flags += ["--keep", f"--keep-dir={objects}"]
     include = torch() / "include"
     flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
     # A library that does not name libtorch finds none of its symbols: Python loads them privately.
     # By that name, with no path, it finds the libtorch that `import torch` has loaded.
     link = ["-shared", "-cudart", "static", "-L", str(torch() / "lib")]
-    link += ["-Xlinker", "--no-as-needed", "-ltorch"]
+    link += ["-Xlinker", "--no-as-needed", "-ltorch", "-Xlinker", "-s"]  # and no symbol tables
     sources = [*sorted(CSRC.glob("*.cu")), CSRC / "bindings.cpp"]
     targets = [objects / f"{source.stem}.o" for source in sources]
     lines = [
         f"builddir = {path(objects)}",
         "rule compile",
-        f"  command = {command(nvcc())} -MD -MF $out.d {command(*flags)} -c $in -o $out",
+        f"  command = {command(nvcc())} -x $kind -MD -MF $out.d {command(*flags)} -c $in -o $out",
         "  description = nvcc $in",
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
         f"  command = {command(nvcc())} $in {command(*link)} -o $out.part && mv $out.part $out",
         "  description = nvcc $out",
-        *(f"build {path(t)}: compile {path(s)}" for t, s in zip(targets, sources, strict=True)),
+        *(
+            f"build {path(t)}: compile {path(s)}\n  kind = {'cu' if s.suffix == '.cu' else 'c++'}"
+            for t, s in zip(targets, sources, strict=True)
+        ),
         f"build {path(library)}: link {' '.join(map(path, targets))}",
     ]
     return "\n".join(lines) + "\n"
@@ -161,4 +178,8 @@ class Wheel(bdist_wheel):
         )
 
 
-setup(ext_modules=extensions(), cmdclass={"build_ext": Build, "bdist_wheel": Wheel})
+setup(
+    ext_modules=extensions(),
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
+    options={"egg_info": {"tag_build": os.environ.get("GRASP_VERSION_TAG", "")}},
+)

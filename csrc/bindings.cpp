@@ -2,7 +2,6 @@
 // Their schemas, and all checks of arguments, stand in Python.
 #define TORCH_TARGET_VERSION 0x020b000000000000
 #define USE_CUDA
-#define GRASP_HOST
 
 #include "bindings.h"
 
@@ -14,9 +13,6 @@
 
 #include <map>
 #include <mutex>
-#include <vector>
-
-#include "project.cuh"
 
 using torch::stable::Tensor;
 

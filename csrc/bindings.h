@@ -3,13 +3,9 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-
-#include "common.cuh"
+#include "job.h"
 
 namespace grasp {
-
-struct Job;
 
 struct Device {
   int major;

@@ -4,9 +4,7 @@
 
 #include <cstdint>
 
-namespace grasp {
-enum Kind : int { FLOAT = 0, BFLOAT = 1, HALF = 2 };  // of elements
-}
+#include "job.h"
 
 #ifdef GRASP_EMULATE
 #include "emulate.hpp"

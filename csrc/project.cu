@@ -1,5 +1,6 @@
 #include "project.cuh"
 
+#include <algorithm>
 #include <array>
 #include <map>
 #include <mutex>

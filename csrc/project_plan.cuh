@@ -15,19 +15,6 @@ constexpr int LARGEST_ROOM = 227 << 10;  // bytes of shared memory that a block 
 constexpr int SMALL_ROOM = 99 << 10;     // and on GPUs for graphics
 constexpr int GAP = 8;             // numbers between rows of partial sums: rows in different banks
 
-struct Job {
-  const void* in;
-  void* out;
-  const float* basis;  // [d, k]
-  const float* C;      // or null
-  int64_t in_step, out_step;  // elements between rows
-  int64_t basis_d, basis_k, C_n, C_k;
-  int n, d, k;
-  int width;   // of d, for each block of a cluster: a multiple of 32
-  int stages;  // strips of which a block holds its slice
-  float* energies;  // of each cluster ‖T‖² and what of it lay in the basis, added to; or null
-};
-
 // Where things lie in shared memory, in bytes; stages come last.
 template <int SIZE, int KP, int SLICE, int BS>
 struct Layout {

@@ -17,10 +17,11 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
 
 NVCC = f"""#!/bin/sh
 [ "$1" = --list-gpu-arch ] && {{ echo compute_90; exit; }}
+[ "$1" = --help ] && exit
 for word; do
   shift
   case $word in
-    -gencode=*|-Xcompiler|-Xlinker|-cudart|static) ;;
+    -gencode=*|-Xcompiler|-Xlinker|-cudart|static|--keep|--keep-dir=*) ;;
     -fPIC,*) set -- "$@" -fPIC ;;
     cu) set -- "$@" c++ ;;
     --no-as-needed) set -- "$@" -Wl,$word ;;
