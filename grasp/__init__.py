@@ -1,14 +1,31 @@
 """GRASP: fine-tune without picking up what nobody asked for."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
 
-from grasp.bases.discover import discover
-from grasp.bases.subspaces import Subspaces
-from grasp.data import Reference, default_prompts, draw
-from grasp.guard import Guard, init_lora_null
-from grasp.study.compare import compare
-from grasp.study.evaluate import evaluate
 from grasp.versions import installed
+
+if TYPE_CHECKING:
+    from grasp.bases.discover import discover
+    from grasp.bases.subspaces import Subspaces
+    from grasp.data import Reference, default_prompts, draw
+    from grasp.guard import Guard, init_lora_null
+    from grasp.guard.trainer import GraspCallback
+    from grasp.study.compare import compare
+    from grasp.study.evaluate import evaluate
+
+PLACES = {  # imported when first used: torch takes seconds, and so does transformers' Trainer
+    "GraspCallback": "grasp.guard.trainer",
+    "Guard": "grasp.guard",
+    "Reference": "grasp.data",
+    "Subspaces": "grasp.bases.subspaces",
+    "compare": "grasp.study.compare",
+    "default_prompts": "grasp.data",
+    "discover": "grasp.bases.discover",
+    "draw": "grasp.data",
+    "evaluate": "grasp.study.evaluate",
+    "init_lora_null": "grasp.guard",
+}
 
 __all__ = [
     "GraspCallback",
@@ -25,12 +42,12 @@ __all__ = [
 
 
 def __dir__() -> list[str]:
-    return [*globals(), "GraspCallback", "__version__"]
+    return [*globals(), *PLACES, "__version__"]
 
 
 def __getattr__(name: str):
-    if name == "GraspCallback":  # imported when first used: it loads transformers' Trainer
-        return import_module("grasp.guard.trainer").GraspCallback
+    if name in PLACES:
+        return getattr(import_module(PLACES[name]), name)
     if name == "__version__":
         return installed("grasp-kernels")
     raise AttributeError(f"module 'grasp' has no attribute {name!r}")

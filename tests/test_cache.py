@@ -6,6 +6,7 @@ import torch
 from grasp import Guard
 from grasp.bases import start
 from grasp.bases.stream import Stream
+from grasp.data import drawing
 from tests.models import PROMPTS, batch, build, train, trainable, with_lora
 
 OPTIONS = {"reference": PROMPTS, "tokens": 3, "rank": 2, "refresh": 2, "read": 0.9}
@@ -113,6 +114,37 @@ def test_a_start_that_was_killed_goes_on(passes, freeze, monkeypatch):
     assert passes["references"] == before["references"]
     monkeypatch.setenv("GRASP_CACHE", "off")
     assert same(whole, trained(freeze))
+
+
+def test_answers_that_were_drawn_before_a_kill_are_not_drawn_again(passes, monkeypatch, tmp_path):
+    """And what comes of them is bit for bit what it would have been."""
+
+    class Killed(BaseException):
+        pass
+
+    monkeypatch.setattr(drawing, "FEW", 8)  # of the 40 prompts
+    groups, continued = [], drawing._continued
+
+    def counted(model, rows, *args):
+        if len(groups) == most:
+            raise Killed
+        groups.append(len(rows))
+        return continued(model, rows, *args)
+
+    monkeypatch.setattr(drawing, "_continued", counted)
+    most = 2
+    with pytest.raises(Killed):
+        trained(True)
+    assert len(list(tmp_path.glob("drawn/*/*"))) == 2 and not list(tmp_path.glob("reference/*"))
+    most = groups.clear()
+    found = trained(True)
+    assert groups == [8, 8, 8]  # two of five were there
+    assert not list(tmp_path.glob("drawn/*")) and len(list(tmp_path.glob("reference/*/*"))) == 1
+    kept = found[1].growth.reference.state_dict()
+    monkeypatch.setenv("GRASP_CACHE", "off")
+    other = trained(True)
+    whole = other[1].growth.reference.state_dict()
+    assert same(found, other) and all(torch.equal(kept[k], T) for k, T in whole.items())
 
 
 def test_what_is_damaged_is_found_anew(passes, tmp_path):

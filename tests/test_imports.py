@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FILES = ("files", "versions")
+FILES = ("files", "versions", "progress")
 FLOORS = (
     *FILES,
     "model",
@@ -20,7 +20,8 @@ FLOORS = (
     "organism",
     "cli",
 )
-ALONE = {"json", "os", "tempfile", "pathlib", "typing", "importlib"}
+ALONE = {"json", "os", "tempfile", "pathlib", "typing", "importlib", "collections"}
+ALONE |= {"contextlib", "contextvars", "shutil", "sys", "threading", "time", "tqdm"}
 
 
 def imported(file: Path) -> set[str]:

@@ -8,6 +8,7 @@ goes on.
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from grasp.files import write_bytes
 from grasp.model import lora_factors
+from grasp.progress import Stage
 
 VARIABLE = "GRASP_CACHE"
 OFF = ("", "0", "off", "false", "no")
@@ -70,6 +72,11 @@ class Entry:
         except OSError:
             self.path = None
 
+    def drop(self) -> None:
+        """Delete it."""
+        if self.path is not None:
+            shutil.rmtree(self.path, ignore_errors=True)
+
 
 def fingerprint(model: nn.Module) -> list:
     """What tells a model from every other: its kind, configuration, and a digest of each weight.
@@ -81,7 +88,12 @@ def fingerprint(model: nn.Module) -> list:
     for name in ("_name_or_path", "name_or_path", "transformers_version"):
         config.pop(name, None)
     weights = [*model.named_parameters(), *model.named_buffers()]
-    digests = [(name, digest(T)) for name, T in weights if id(T) not in idle]
+    digests = []
+    with Stage("Looking for an earlier start of this model", len(weights), "weights") as stage:
+        for name, T in weights:
+            if id(T) not in idle:
+                digests.append((name, digest(T)))
+            stage.update()
     return [type(model).__name__, config, digests]
 
 

@@ -13,12 +13,12 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from grasp.bases.spectrum import InputBasis, Moments, choose
 from grasp.bases.stream import Batch, Stream
 from grasp.data import draw
 from grasp.model import Architecture, Matrix, memory, processes
+from grasp.progress import Stage
 
 Read = tuple[tuple[int, ...], Sequence[int]]  # a prompt's token ids, and with a continuation's
 HELD_OUT = 5  # of so many prompts one is held out
@@ -26,7 +26,6 @@ PER_WIDTH = 8  # tokens looked at for each dimension of the widest input, where 
 STABLE = 0.02  # of the energy: how much less V may hold of held-out inputs than of those seen
 SHORT = 0.1  # of the energy: how much less than asked a basis may hold before it is told
 FEW = 32  # tokens: an expert that fewer are routed to is looked at as if it got all
-SILENT = 5  # seconds before a bar shows
 ROWS = 16  # run side by side
 ALIKE = 8  # tokens: long rows are as many times that, so that many run side by side
 LONG = 64  # tokens
@@ -121,14 +120,15 @@ def input_bases(
     owner = _owners(stream, matrices, tokens.batches[0])
     short: list[str] = []
     few: list[str] = []
-    stages = list(_stages(stream, matrices, owner))
-    bar = {"desc": "what the model takes in", "unit": "block", "leave": False, "delay": SILENT}
-    for n, owners in tqdm(stages, disable=not processes.is_first(), **bar):
-        for name, basis in _look(stream, n, owners, tokens, (energy, rank, bottom, free), few):
-            if basis.share < energy - SHORT and rank is None and not bottom:
-                short.append(f"{name} ({basis.share:.2f})")
-            yield [m.name for m in matrices if owner[m.name] == name], basis
-        memory.give_back()
+    parts = list(_parts(stream, matrices, owner))
+    with Stage("Reading what each layer takes in", len(parts), "layers") as stage:
+        for n, owners in parts:
+            for name, basis in _look(stream, n, owners, tokens, (energy, rank, bottom, free), few):
+                if basis.share < energy - SHORT and rank is None and not bottom:
+                    short.append(f"{name} ({basis.share:.2f})")
+                yield [m.name for m in matrices if owner[m.name] == name], basis
+            memory.give_back()
+            stage.update()
     _tell(short, len(set(owner.values())), energy)
     _tell_few(few)
 
@@ -151,7 +151,7 @@ def _owners(stream: Stream, matrices: Sequence[Matrix], batch: Batch) -> dict[st
     return owner
 
 
-def _stages(
+def _parts(
     stream: Stream, matrices: Sequence[Matrix], owner: dict[str, str]
 ) -> Iterator[tuple[int | None, list[Matrix]]]:
     """What is looked at at a time: the block, or None for all of the model, and whose inputs."""

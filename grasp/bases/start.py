@@ -3,7 +3,7 @@
 Both are kept on disk (`cache`) and taken up by the next start of the same model and prompts.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -16,9 +16,10 @@ from grasp.bases.inputs import Read, input_bases
 from grasp.bases.spectrum import InputBasis
 from grasp.data import Reference, tokenized
 from grasp.model import Architecture, Trained, processes, sharding
+from grasp.progress import tell
 from grasp_kernels.matrices import in_vectors
 
-VERSION = 4  # of what is kept: raise it when what is found, or how, is another
+VERSION = 5  # of what is kept: raise it when what is found, or how, is another
 
 
 class Reading(Protocol):
@@ -70,10 +71,31 @@ def kept_reference(model: nn.Module, of: list | None, prompts, tokenizer, **opti
     about = None if of is None else [VERSION, of, rows, sorted(options.items())]
     entry = Entry("reference", about)
     for _, tensors in entry.parts():
+        tell(f"The model's answers to the prompts are taken from an earlier start ({folder()}).")
         return Reference.from_state_dict(tensors, options["batch"])
-    reference = Reference(model, rows, **options)
+    device = next(model.parameters()).device.type  # which decides how many are drawn at a time
+    groups = _Groups(None if about is None else [*about, device])
+    reference = Reference(model, rows, kept=groups, **options)
     entry.keep("reference", {}, reference.state_dict())
+    groups.entry.drop()
     return reference
+
+
+class _Groups:
+    """What is drawn before the reference is whole."""
+
+    def __init__(self, about: list | None):
+        self.entry = Entry("drawn", about)
+
+    def found(self) -> Iterator[tuple[list[int], list[list[int]], list[Tensor]]]:
+        for facts, tensors in self.entry.parts():
+            count = len(facts["prompts"])
+            tell(f"{count} of the model's answers are taken from a start that was stopped.")
+            yield facts["prompts"], facts["said"], [tensors["top"], tensors["base"]]
+
+    def keep(self, prompts: list[int], said: list[list[int]], leading: list[Tensor]) -> None:
+        facts = {"prompts": prompts, "said": said}
+        self.entry.keep(str(prompts[0]), facts, dict(zip(("top", "base"), leading, strict=True)))
 
 
 def start(
@@ -94,7 +116,7 @@ def start(
     generator = torch.Generator().manual_seed(options.seed)
     device = next(found.model.parameters()).device
     entry = Entry("inputs", _about(of, device.type, takers, rows, options))
-    waiting = dict(takers)
+    waiting, all_ = dict(takers), len(takers)
     for facts, tensors in entry.parts():
         tensors = {
             name: in_vectors(T.to(device)) if name in ("V", "W") else T.to(device)
@@ -106,6 +128,9 @@ def start(
                 g.take_up(facts[name][g.trained.name], own)
     matrices = {m.name: m for block in found.blocks for m in block.matrices}
     matrices |= {m.name: m for m in found.outside}
+    if len(waiting) < all_:
+        taken = f"{all_ - len(waiting)} of {all_} inputs of its layers"
+        tell(f"What the model takes in at {taken} is known from an earlier start ({folder()}).")
     if not waiting:
         return
     bases = input_bases(

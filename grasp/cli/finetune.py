@@ -7,6 +7,7 @@ from typing import Annotated, Any, get_args, get_type_hints
 import typer
 from rich.text import Text
 
+from grasp import progress
 from grasp.cli.config import options_from
 from grasp.cli.options import Pipeline, console, tell
 from grasp.study.settings import Settings, named, settings_from
@@ -14,8 +15,9 @@ from grasp.study.settings import Settings, named, settings_from
 
 def finetune(config, best_of: int, show: bool, set_: list[str] | None, **given: Any) -> None:
     """Fine-tune a LoRA, guarded by default; a killed run goes on where it was."""
-    from grasp.study import finetune as pipeline
-    from grasp.study.ending import ending
+    with progress.speaking(0), progress.Stage("Loading transformers"):
+        from grasp.study import finetune as pipeline
+        from grasp.study.ending import ending
 
     known = {name: value for name, value in given.items() if value is not None}
     # Each by its own names, so that an option takes the place of a config's, whatever it is called.
@@ -35,6 +37,7 @@ def finetune(config, best_of: int, show: bool, set_: list[str] | None, **given: 
             adapter = pipeline.best_of(settings, best_of)
     except KeyboardInterrupt:
         tell("\nStopped. The same command goes on from the last checkpoint.")
+        tell("Before there is one it begins with what was prepared, and trains anew.")
         raise typer.Exit(130) from None
     tell(f"Adapter: {adapter}")
     if (certificate := adapter.parent / "grasp.json").exists():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from grasp.data.rows import Conversation, Message, Row, Text, exchange
+from grasp.progress import Stage
 
 IGNORED = -100  # label of tokens without loss
 PLAIN = (
@@ -57,11 +58,7 @@ def encode(rows: Sequence[Row], tokenizer, max_length: int | None = 512) -> Enco
     if not rows:
         raise ValueError("there are no rows to train on")
     found, of, cut, dropped = [], [], [], []
-    for index, row in enumerate(rows):
-        try:
-            parts = _tokens(row, tokenizer)
-        except ValueError as error:
-            raise ValueError(f"row {index}: {error}") from error
+    for index, parts in enumerate(_each(rows, tokenizer)):
         kept = [{k: ids[:max_length] for k, ids in p.items()} for p in parts]
         kept = [p for p in kept if any(t != IGNORED for t in p["labels"])]
         if any(len(p["input_ids"]) > (max_length or len(p["input_ids"])) for p in parts):
@@ -104,6 +101,16 @@ def pad(rows: Sequence[Tokens], pad_id: int = 0) -> dict[str, Tensor]:
     lengths = torch.tensor([len(r["input_ids"]) for r in rows])
     mask = (torch.arange(longest)[None] < lengths[:, None]).long()
     return {"input_ids": ids, "labels": padded("labels", IGNORED), "attention_mask": mask}
+
+
+def _each(rows: Sequence[Row], tokenizer) -> Iterator[list[Tokens]]:
+    with Stage("Turning rows into tokens", len(rows), "rows") as stage:
+        for index, row in enumerate(rows):
+            try:
+                yield _tokens(row, tokenizer)
+            except ValueError as error:
+                raise ValueError(f"row {index}: {error}") from error
+            stage.update()
 
 
 def _tokens(row: Row, tokenizer) -> list[Tokens]:

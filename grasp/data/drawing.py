@@ -7,22 +7,23 @@ which prompts run side by side.
 """
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from grasp.data.chat import IGNORED
 from grasp.data.prompts import tokenized
 from grasp.model import evaluating, partitions, processes, resting, sharding
+from grasp.progress import Stage
 
 Continued = tuple[list[int], list[int]]  # token ids, and labels: -100 on the prompt
 See = Callable[[Tensor, list[int]], None]
+Done = Callable[[list[int], list[list[int]]], None]
 KEPT = 2**30  # bytes of keys, values and logits of the prompts that run side by side, about
 MOST = 256  # of them
-SILENT = 5  # seconds before a bar shows
+FEW = 48  # on a processor, which more make no faster: what is drawn can be kept the sooner
 
 
 def draw(
@@ -33,6 +34,8 @@ def draw(
     tokens: int = 96,
     seed: int = 0,
     see: See | None = None,
+    known: Mapping[int, list[int]] | None = None,
+    done: Done | None = None,
 ) -> list[Continued]:
     """Each prompt with a continuation drawn from the model, up to an end token.
 
@@ -43,6 +46,8 @@ def draw(
         seed: of what is drawn.
         see: is shown the logits `[n, vocabulary]` that tokens are drawn by, a step at a time, and
             which prompts they are of.
+        known: tokens that were drawn before, by the prompt; these are not drawn again.
+        done: is shown which prompts were continued side by side, and by what, as soon as they are.
 
     Returns:
         For each prompt its token ids with the continuation's, and labels, -100 on the prompt.
@@ -56,23 +61,24 @@ def draw(
         rows = processes.object_from_first(rows)
     _check_ids(model, rows, tokens)
     drawn = torch.rand(len(rows), tokens, generator=torch.Generator().manual_seed(seed))
-    answers: dict[int, list[int]] = {}
-    bar = {"desc": "drawing continuations", "unit": "token", "leave": False, "delay": SILENT}
-    with (
-        evaluating(model),
-        resting(model),
-        torch.no_grad(),
-        tqdm(total=len(rows) * tokens, disable=not processes.is_first(), **bar) as progress,
-    ):
-        for chosen in _together(rows, tokens, *_row_bytes(model)):
+    answers = dict(known or {})
+    most = min(MOST, FEW) if next(model.parameters()).device.type == "cpu" else MOST
+    groups = list(_together(rows, tokens, most, *_row_bytes(model)))  # of all, known or not
+    groups = [chosen for chosen in groups if not all(i in answers for i in chosen)]
+    work = sum(len(chosen) * _steps([rows[i] for i in chosen], tokens) for chosen in groups)
+    what = f"Drawing the model's answers to {len(rows)} prompts"
+    with evaluating(model), resting(model), torch.no_grad(), Stage(what, work, "tokens") as stage:
+        for chosen in groups:
             shown = None if see is None else partial(_of_chosen, see, chosen)
-            found = _continued(model, [rows[i] for i in chosen], drawn[chosen], progress, shown)
+            found = _continued(model, [rows[i] for i in chosen], drawn[chosen], stage, shown)
             answers |= dict(zip(chosen, found, strict=True))
+            if done is not None:
+                done(chosen, found)
     return [(row + answers[i], [IGNORED] * len(row) + answers[i]) for i, row in enumerate(rows)]
 
 
 def _together(
-    rows: Sequence[Sequence[int]], tokens: int, each: int, logits: int
+    rows: Sequence[Sequence[int]], tokens: int, at_most: int, each: int, logits: int
 ) -> Iterator[list[int]]:
     """Which rows run side by side: as many as there is room for, by the bytes that they take.
 
@@ -80,21 +86,28 @@ def _together(
     for many, so they are as many each time.
 
     Args:
+        at_most: so many.
         each, logits: bytes of a token's keys and values, and of a position's logits.
     """
     waiting = sorted(range(len(rows)), key=lambda i: len(rows[i]))
     while waiting:
         longest = len(rows[waiting[0]]) + tokens
         most = each * (len(rows[waiting[-1]]) + tokens) + logits
-        times = -(-len(waiting) * most // KEPT)
+        times = max(-(-len(waiting) * most // KEPT), -(-len(waiting) // at_most))
         chosen: list[int] = []
-        for i in waiting[: min(MOST, -(-len(waiting) // times))]:
+        for i in waiting[: -(-len(waiting) // times)]:
             size = each * (len(rows[i]) + tokens) + logits
             if chosen and (len(rows[i]) > longest or size * (len(chosen) + 1) > KEPT):
                 break
             chosen.append(i)
         waiting = waiting[len(chosen) :]
         yield chosen
+
+
+def _steps(rows: Sequence[Sequence[int]], tokens: int) -> int:
+    """Runs of the model in which rows side by side are read and continued."""
+    lengths = [len(row) for row in rows]
+    return max(lengths) - min(lengths) + tokens
 
 
 def _row_bytes(model: nn.Module) -> tuple[int, int]:
@@ -121,7 +134,7 @@ def _continued(
     model: nn.Module,
     rows: Sequence[Sequence[int]],
     drawn: Tensor,
-    progress: tqdm,
+    stage: Stage,
     see: See | None,
 ) -> list[list[int]]:
     """What the model says after each row: `drawn [rows, tokens]` picks it.
@@ -153,11 +166,10 @@ def _continued(
         answering = (count >= 0) & ~over
         if see is not None and answering.any():
             see(out.logits[answering.to(device), -1], answering.nonzero()[:, 0].tolist())
-        progress.update(int(answering.sum()))
-        ended = answering & torch.isin(text[:, at], ends)
-        progress.update(int((tokens - 1 - count)[ended].sum()))  # what they will not say
-        over |= ended | (count + 1 >= tokens)
+        stage.update(len(rows))
+        over |= answering & torch.isin(text[:, at], ends) | (count + 1 >= tokens)
         at += 1
+    stage.update(len(rows) * (text.shape[1] - at))  # what none of them says
     said = [line[n : n + tokens] for line, n in zip(text, lengths.tolist(), strict=True)]
     return [line[: _first(torch.isin(line, ends)) + 1].tolist() for line in said]
 

@@ -7,8 +7,9 @@ is one, from a plain fine-tune of it, which shows what drift looks like there. W
 the base model's distribution over the next token, kept from the moment that it was drawn by.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +18,19 @@ from grasp.data.chat import pad
 from grasp.data.drawing import Continued, draw
 from grasp.data.prompts import tokenized
 from grasp.model import evaluating, memory, processes, resting, sharding
+from grasp.progress import Stage
 
 TOP = 256  # tokens of the base's distribution are kept at each position; the rest count as one
+
+
+class Kept(Protocol):
+    """What is drawn of some prompts, kept as soon as it is, so that it is not drawn again."""
+
+    def found(self) -> Iterable[tuple[list[int], list[list[int]], list[Tensor]]]:
+        """Of each group: which prompts, their continuations, and `_Leading`'s tensors of these."""
+
+    def keep(self, prompts: list[int], said: list[list[int]], leading: list[Tensor]) -> None:
+        """Keep a group."""
 
 
 class Reference:
@@ -32,6 +44,7 @@ class Reference:
         batch: prompts in one `sample`.
         seed: of the continuations, and of which prompts `sample` takes when.
         drifted: more continuations, such as `draw` gives of a plain fine-tune.
+        kept: where continuations are looked for first, and kept once they are drawn.
 
     Raises:
         ValueError: no prompts, or strings without a tokenizer.
@@ -47,12 +60,16 @@ class Reference:
         batch: int = 8,
         seed: int = 0,
         drifted: Sequence[Continued] = (),
+        kept: Kept | None = None,
     ):
         rows = tokenized(prompts, tokenizer)
         if sharding.is_split(model):  # as `draw` does, with as many
             rows = processes.object_from_first(rows)
         leading = _Leading(len(rows), tokens)
-        continued = draw(model, rows, tokens=tokens, seed=seed, see=leading.keep)
+        known = {} if kept is None else leading.take_up(kept)
+        done = None if kept is None else lambda i, said: kept.keep(i, said, leading.of(i))
+        options = {"see": leading.keep, "known": known, "done": done}
+        continued = draw(model, rows, tokens=tokens, seed=seed, **options)
         memory.give_back()
         own = leading.found()
         continued += drifted
@@ -64,7 +81,7 @@ class Reference:
         self.compared = (padded["labels"] >= 0).roll(-1, 1)
         self.compared[:, -1] = False
         with evaluating(model), resting(model), torch.no_grad():
-            own += [_leading(self._logs(model, [i])) for i in range(len(own), len(continued))]
+            own += self._others(model, range(len(own), len(continued)))
         self.top, self.base = (list(each) for each in zip(*own, strict=True))
 
     def divergence(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
@@ -78,13 +95,15 @@ class Reference:
 
     def measure(self, model: nn.Module) -> float:
         """The divergence over all prompts, `batch` at a time, without gradients or dropout."""
-        total, positions = 0.0, 0
-        with evaluating(model), torch.no_grad():
-            for start in range(0, len(self.ids), self.batch):
-                rows = list(range(start, min(start + self.batch, len(self.ids))))
+        total, positions, all_ = 0.0, 0, len(self.ids)
+        what = "Measuring how far the model moved on the prompts"
+        with evaluating(model), torch.no_grad(), Stage(what, all_, "prompts") as stage:
+            for start in range(0, all_, self.batch):
+                rows = list(range(start, min(start + self.batch, all_)))
                 count = sum(len(self.top[i]) for i in rows)
                 total += float(self.divergence(model, rows)) * count
                 positions += count
+                stage.update(len(rows))
         return total / positions
 
     def sample(self) -> list[int]:
@@ -134,6 +153,15 @@ class Reference:
         self.generator.set_state(state["generator"])
         return self
 
+    def _others(self, model: nn.Module, rows: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """`_leading` of rows that were not drawn here."""
+        if not rows:
+            return
+        with Stage("Reading the other answers to the prompts", len(rows), "answers") as stage:
+            for i in rows:
+                yield _leading(self._logs(model, [i]))
+                stage.update()
+
     def _logs(self, model: nn.Module, rows: list[int]) -> Tensor:
         """Log-probabilities `[compared positions, vocabulary]`, fp32."""
         device = next(model.parameters()).device
@@ -158,12 +186,28 @@ class _Leading:
     def keep(self, logits: Tensor, prompts: list[int]) -> None:
         found = _leading(logits.float().log_softmax(-1))
         if not self.all:  # at once: what is kept piece by piece keeps a heap from shrinking
-            self.all = [T.new_empty(*self.shape, T.shape[1]) for T in found]
+            self.all = [T.new_zeros(*self.shape, T.shape[1]) for T in found]
         at = [self.counts[i] for i in prompts]
         for kept, T in zip(self.all, found, strict=True):
             kept[prompts, at] = T
         for i in prompts:
             self.counts[i] += 1
+
+    def of(self, prompts: list[int]) -> list[Tensor]:
+        """Those of some prompts, `[n, tokens, …]`; beyond what one says it holds anything."""
+        return [kept[prompts] for kept in self.all]
+
+    def take_up(self, kept: Kept) -> dict[int, list[int]]:
+        """What `of` gave; the tokens that are known, by the prompt."""
+        known: dict[int, list[int]] = {}
+        for prompts, said, tensors in kept.found():
+            if not self.all:
+                self.all = [T.new_zeros(*self.shape, T.shape[2]) for T in tensors]
+            for own, T in zip(self.all, tensors, strict=True):
+                own[prompts] = T
+            for i, tokens in zip(prompts, said, strict=True):
+                known[i], self.counts[i] = tokens, len(tokens)
+        return known
 
     def found(self) -> list[list[Tensor]]:
         return [[kept[i, :n] for kept in self.all] for i, n in enumerate(self.counts)]

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from grasp.data.files import examples
+from grasp.progress import Stage
 
 Message = dict[str, Any]  # role, content, and what else a chat template takes
 
@@ -131,13 +132,14 @@ def read(source: str | Path | Iterable[Mapping[str, Any]], limit: int | None = N
     forms: dict[str, int] = {}
     seen: set[str] = set()
     used: set[str] = set()
-    for where, example in examples(source, limit):
-        there = {k: v for k, v in example.items() if v is not None}
-        names, row = _row(there, where)
-        form = " and ".join(n for n in names if n not in BESIDE)
-        forms[form] = forms.get(form, 0) + 1
-        seen, used = seen | set(there), used | set(names)
-        rows.append(row)
+    with Stage(f"Reading {source if isinstance(source, (str, Path)) else 'rows'}"):
+        for where, example in examples(source, limit):
+            there = {k: v for k, v in example.items() if v is not None}
+            names, row = _row(there, where)
+            form = " and ".join(n for n in names if n not in BESIDE)
+            forms[form] = forms.get(form, 0) + 1
+            seen, used = seen | set(there), used | set(names)
+            rows.append(row)
     if not rows:
         raise ValueError(f"{source} holds no rows; give one example a line, or a dataset of some")
     return Rows(rows, forms, sorted(seen - used))

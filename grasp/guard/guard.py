@@ -42,6 +42,7 @@ from grasp.guard.watch import Watch
 from grasp.guard.weights import Whole
 from grasp.guard.zero import Zero, ZeroGradients, ZeroSteps, find, optimizer_of
 from grasp.model import Architecture, inspect, processes, sharding
+from grasp.progress import Stage
 from grasp_kernels.autocast import set_aside
 
 
@@ -142,7 +143,7 @@ class Guard:
         """
         if self._handles:
             raise RuntimeError("this guard is attached already; detach it first")
-        with self.starting, set_aside():  # the model is looked at as its weights are
+        with Stage("Preparing the guard"), self.starting, set_aside():  # as the weights are
             sharding.reshard(self.model)
             sharding.refuse(self.model)
             self.zero = find(self.wrapped, self.optimizer)
@@ -196,9 +197,8 @@ class Guard:
                 "nothing was blocked; pass optimizer=",
                 stacklevel=3,
             )
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        while self._handles:
+            self._handles.pop().remove()
         for f in self.frozen:
             f.release()
         self.gradients.pending.clear()

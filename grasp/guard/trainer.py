@@ -20,6 +20,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from grasp import data
 from grasp.bases.subspaces import Subspaces
@@ -28,6 +29,7 @@ from grasp.guard.certificate import certificate, why
 from grasp.guard.frozen import freeze_early
 from grasp.guard.guard import Guard
 from grasp.guard.record import record
+from grasp.progress import Stage, speaking, tell
 
 STATE = "grasp_guard.safetensors"
 CERTIFICATE = "grasp.json"
@@ -82,14 +84,15 @@ class GraspCallback(TrainerCallback):
             self.guard,
             Guard(model, self.subspaces, optimizer=optimizer, reference=self.reference, **options),
         )
-        if state.global_step > 0:
-            self.guard.attach(_saved(args, state, loop))
-        elif before is not None and before.is_of(model) and (self.training or before.frozen):
-            # Begun again with smaller batches, where the weights had come to; or A is frozen.
-            with tempfile.TemporaryDirectory() as folder:
-                self.guard.attach(before.save(Path(folder) / STATE, everyone=True))
-        else:
-            self.guard.attach()
+        with _speaking(args):
+            if state.global_step > 0:
+                self.guard.attach(_saved(args, state, loop))
+            elif before is not None and before.is_of(model) and (self.training or before.frozen):
+                # Begun again with smaller batches, where the weights had come to; or A is frozen.
+                with tempfile.TemporaryDirectory() as folder:
+                    self.guard.attach(before.save(Path(folder) / STATE, everyone=True))
+            else:
+                self.guard.attach()
         self.training, self._began = True, time.monotonic()
 
     def on_save(self, args, state, control, **kwargs):
@@ -113,7 +116,8 @@ class GraspCallback(TrainerCallback):
         best = state.best_model_checkpoint if args.load_best_model_at_end else None
         if best and (Path(best) / STATE).exists():
             self.guard.judge_by(Path(best) / STATE)  # it was held off the bases that there were
-        found = self.guard.certificate()
+        with _speaking(args):
+            found = self.guard.certificate()
         if not state.is_world_process_zero:
             return
         seconds = time.monotonic() - self._began
@@ -150,6 +154,11 @@ class GraspCallback(TrainerCallback):
         if self.guard.divergences:
             measured["grasp/divergence"] = self.guard.divergences[-1][1]
         return measured
+
+
+def _speaking(args: TrainingArguments):
+    """As Trainer's own bars do."""
+    return speaking(None if args.disable_tqdm else 0)
 
 
 class Loop(NamedTuple):
@@ -293,23 +302,25 @@ def fit(
         known = {f.name for f in dataclasses.fields(TrainingArguments)}
         name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
         chosen |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    told = TrainingArguments(**chosen | dict(arguments or {}))
-    told._n_gpu = min(told.n_gpu, 1)  # of several it would make a batch of each, unasked
-    trainer = Trainer(
-        model=model,
-        args=told,
-        train_dataset=list(rows),
-        processing_class=tokenizer,
-        data_collator=lambda batch: data.pad(batch, tokenizer.pad_token_id or 0),
-        callbacks=[*callbacks, *([_AfterStep(after_step)] if after_step else [])],
-    )
-    if quiet:
-        trainer.remove_callback(PrinterCallback)
+    shown = _Shown()
+    with speaking(None if quiet else 0), Stage("Setting up training"):
+        told = TrainingArguments(**chosen | dict(arguments or {}))
+        told._n_gpu = min(told.n_gpu, 1)  # of several it would make a batch of each, unasked
+        trainer = Trainer(
+            model=model,
+            args=told,
+            train_dataset=list(rows),
+            processing_class=tokenizer,
+            data_collator=lambda batch: data.pad(batch, tokenizer.pad_token_id or 0),
+            callbacks=[*callbacks, *([_AfterStep(after_step)] if after_step else []), shown],
+        )
+    trainer.remove_callback(PrinterCallback if quiet else DEFAULT_PROGRESS_CALLBACK)
     guarded = any(isinstance(c, GraspCallback) for c in callbacks)
     newest = None
     if resume and save_every is not None:  # one without a guard's state is refused, if it is alone
         newest = (guarded and newest_whole(Path(out), guarded=True)) or newest_whole(Path(out))
-    trainer.train(resume_from_checkpoint=newest and str(newest))
+    with speaking(None if quiet else 0), shown:
+        trainer.train(resume_from_checkpoint=newest and str(newest))
     return trainer
 
 
@@ -332,6 +343,46 @@ class _AfterStep(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.call(state.global_step)
+
+
+class _Shown(TrainerCallback):
+    """Training as a stage that is shown, and what is logged as lines."""
+
+    def __init__(self):
+        self.stage: Stage | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error) -> None:
+        """Training ended, whatever it ended by."""
+        if self.stage is not None:
+            self.stage.__exit__(*error)
+            self.stage = None
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.stage = Stage("Training", state.max_steps, "steps", state.global_step).__enter__()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stage.done = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if "loss" in (logs or {}):
+            tell(_in_words(state.global_step, logs))
+        elif "train_runtime" in (logs or {}):  # the last: what else is to be done is not training
+            self.__exit__(None, None, None)
+
+
+def _in_words(step: int, logs: Mapping[str, float]) -> str:
+    """A line of the log."""
+    said = f"Step {step}: loss {logs['loss']:.4g}"
+    if "learning_rate" in logs:
+        said += f", learning rate {logs['learning_rate']:.2g}"
+    if "grasp/blocked" in logs:
+        said += f", {logs['grasp/blocked']:.0%} of the gradient blocked"
+    if "grasp/divergence" in logs:
+        said += f", moved elsewhere by {logs['grasp/divergence']:.2g} nats"
+    return said
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -17,6 +17,7 @@ from grasp.model.loading import (
     load_adapter,
     load_model,
     load_tokenizer,
+    with_lora,
 )
 from grasp.model.modes import asking, base_model, evaluating, given, resting, unfused
 from grasp.model.probe import inspect
@@ -46,4 +47,5 @@ __all__ = [
     "resting",
     "sharding",
     "unfused",
+    "with_lora",
 ]

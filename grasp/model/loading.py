@@ -8,7 +8,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from grasp.model.noise import bars_aside, old_names_allowed
 from grasp.model.precision import device_of, fast_in_bf16
+from grasp.progress import Stage
 
 ORGANISM = "organism"
 ORGANISM_WEIGHTS = Path(__file__).parent.parent / "organism" / "weights"
@@ -38,9 +40,16 @@ def load_model(
         ValueError: nothing loads by this name, or not with so many bits, or there; says what was
             tried.
     """
+    check_bits(bits)
+    with Stage(f"Loading {name}"), bars_aside():
+        return _load(name, dtype, bits, device)
+
+
+def _load(
+    name: str, dtype: torch.dtype | str, bits: int | None, device: str
+) -> tuple[nn.Module, object]:
     from transformers import AutoModelForCausalLM
 
-    check_bits(bits)
     place = device_of(device)
     dtype = _dtype(name, dtype, place) if isinstance(dtype, str) else dtype
     tokenizer = load_tokenizer(name)
@@ -53,7 +62,7 @@ def load_model(
             "device_map": {"": place},
         }
     )
-    own = {} if "gguf_file" in options else quantised
+    own = _unpacked() if "gguf_file" in options else quantised
     with _loading(name):
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options, **own)
     if "gguf_file" in options:
@@ -127,6 +136,14 @@ def _bitsandbytes(bits: int, dtype: torch.dtype):
     )
 
 
+def _unpacked() -> dict:
+    """A GGUF file's weights as plain tensors, which some versions keep packed where they can."""
+    import transformers
+
+    known = getattr(transformers, "GgufConfig", None)
+    return {} if known is None else {"quantization_config": known(dequantize=True)}
+
+
 def _loaded_again(plain: nn.Module, **options) -> nn.Module:
     """From the weights in memory: a GGUF file can't be read and quantised at once."""
     model = type(plain).from_pretrained(
@@ -169,6 +186,14 @@ def adapter_folder(folder: Path) -> Path:
     raise FileNotFoundError(f"no adapter in {folder} (adapter_config.json is not there)")
 
 
+def with_lora(model: nn.Module, config) -> nn.Module:
+    """The model with fresh LoRAs, as PEFT makes them of a `LoraConfig`."""
+    from peft import get_peft_model
+
+    with old_names_allowed():
+        return get_peft_model(model, config)
+
+
 def load_adapter(
     model: nn.Module, folder: Path | str, name: str = "adapter", *, trainable: bool = False
 ) -> nn.Module:
@@ -183,7 +208,8 @@ def load_adapter(
 
     folder = Path(folder)
     try:
-        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        with old_names_allowed():
+            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
         weights = folder / "adapter_model.safetensors"
         there = load_file(weights) if weights.exists() else {}
     except (RuntimeError, ValueError, OSError, SafetensorError) as error:

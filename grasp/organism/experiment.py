@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from torch import nn
 
 from grasp import data, organism
 from grasp.guard.trainer import GraspCallback, fit
+from grasp.model import with_lora
 from grasp.organism.methods import Method, OrganismContext
 from grasp.study.rivals import RIVALS
 from grasp.study.settings import GUARDED
@@ -140,7 +141,7 @@ def _fresh(folder: Path | str, settings: Settings, seed: int) -> tuple[nn.Module
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config), tokenizer
+    return with_lora(model, config), tokenizer
 
 
 def _fit(

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel
 from torch import nn
 
-from grasp import data
+from grasp import data, progress
 from grasp.bases.subspaces import Subspaces
 from grasp.data import Continued, draw
 from grasp.files import read_json, write_json, write_text
 from grasp.guard.certificate import finite
 from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
-from grasp.model import adapted, known_as, load_model, load_tokenizer, processes
+from grasp.model import adapted, known_as, load_model, load_tokenizer, processes, with_lora
 from grasp.model.precision import called
 from grasp.study import methods
 from grasp.study.card import card
@@ -32,7 +32,7 @@ Base = Callable[[], tuple[nn.Module, Any]]
 def add_lora(model: nn.Module, settings: Settings) -> PeftModel:
     """A fresh LoRA, its random half drawn from the seed."""
     torch.manual_seed(settings.seed)
-    return get_peft_model(
+    return with_lora(
         model,
         LoraConfig(
             r=settings.lora_r,
@@ -88,6 +88,18 @@ def run(
             holds a run of other settings.
         RuntimeError: several processes were started together, as by torchrun.
     """
+    with progress.speaking(None if quiet else 0):
+        return _run(settings, keep, after_step, quiet, tell, base)
+
+
+def _run(
+    settings: Settings,
+    keep: tuple[int, ...],
+    after_step: Callable[[int], None] | None,
+    quiet: bool,
+    tell: Callable[[str], None] | None,
+    base: Base | None,
+) -> Path:
     settings.check()
     if processes.launched():
         raise RuntimeError(
@@ -151,7 +163,9 @@ def run(
             shutil.copy(out / "checkpoints" / CERTIFICATE, out / CERTIFICATE)
             callback.guard.save(out / GUARD)
         page = card(settings, known_as(settings.model), steps, len(read.rows), came_to(out))
-        save_adapter(tuned, adapter, tokenizer, page, out / CERTIFICATE if callback else None)
+        certificate = out / CERTIFICATE if callback else None
+        with progress.Stage("Saving the adapter"):
+            save_adapter(tuned, adapter, tokenizer, page, certificate)
     write_json(out / ABOUT, {"done": True, **about})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return adapter
