@@ -18,6 +18,7 @@ PATIENCE = 5.0  # seconds of work that nobody is told of, where nothing else is 
 MOVES = 0.5  # seconds between two looks at a bar
 LINES = 10.0  # seconds between two lines
 SOON = 0.02  # share of the work below which nothing is said of the time left
+COUNTED = 1000  # so much work is counted, and of more the share is said
 ROWS = 20  # of a terminal that does not say how many it has
 SHORT = 1.0  # seconds of work whose end is worth no line
 
@@ -103,14 +104,15 @@ class Stage:
             self._view.show(f"{self.what} …", self)
 
     def _going_on(self) -> str:
-        spent = f"{spoken(self.seconds)} so far"
+        said, time_ = f"{self.what}: ", f"{spoken(self.seconds)} so far"
         if self.total is None:
-            return f"{self.what}: {spent}"
-        said = f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {spent}"
+            return said + time_
         fresh, left = self.done - self._before, self.total - self.done
         if left > 0 and fresh > SOON * (fresh + left):
-            said += f", about {spoken(self.seconds * left / fresh)} left"
-        return said
+            time_ = f"about {spoken(self.seconds * left / fresh)} left"
+        if self.total < COUNTED:
+            return f"{said}{self.done} of {self.total} {self.unit}, {time_}"
+        return f"{said}{self.done / self.total:.0%}, {time_}"
 
 
 class _Bar:

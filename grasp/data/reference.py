@@ -96,7 +96,7 @@ class Reference:
     def measure(self, model: nn.Module) -> float:
         """The divergence over all prompts, `batch` at a time, without gradients or dropout."""
         total, positions, all_ = 0.0, 0, len(self.ids)
-        what = "Measuring how far the model moved on the prompts"
+        what = "Measuring how far the model moved"
         with evaluating(model), torch.no_grad(), Stage(what, all_, "prompts") as stage:
             for start in range(0, all_, self.batch):
                 rows = list(range(start, min(start + self.batch, all_)))
