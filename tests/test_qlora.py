@@ -16,7 +16,7 @@ from grasp.organism import World
 from grasp.study import finetune, studies
 from grasp.study.design import study_from
 from grasp.study.evaluate import evaluate
-from grasp.study.measures import Measures
+from grasp.study.scoring import Measures
 from grasp.study.settings import settings_from
 from tests.models import HEADED
 from tests.test_finetune import prompts_file, rows_file, settings  # noqa: F401

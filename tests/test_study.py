@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from grasp import data
 from grasp.organism import World
-from grasp.study import design, finetune, measures
+from grasp.study import design, finetune, scoring
 from grasp.study import studies as study
 from grasp.study.compare import compare
 
@@ -97,7 +97,7 @@ def test_whole_study(config, tmp_path, monkeypatch):
 
     scores = sorted((tmp_path / "out").rglob("scores*.json"))
     times = [p.stat().st_mtime_ns for p in scores]
-    monkeypatch.setattr(measures, "load_model", None)  # what is done needs no model
+    monkeypatch.setattr(scoring, "load_model", None)  # what is done needs no model
     assert study.run(design.study_from(config)) == result
     assert [p.stat().st_mtime_ns for p in scores] == times
     with pytest.raises(FileNotFoundError, match="adapter-20: .* delete .*plain-0"):
@@ -108,13 +108,13 @@ def test_one_model_serves_a_study_and_is_left_as_it_was(config, tmp_path, monkey
     """Every method, one that hooks the model and one that changes a plain run among them."""
     config["finetune"] |= {"steps": 6, "gradient_checkpointing": True}
     config |= {"stops": [], "methods": ["plain", "benign", "grasp", "kl=1", "osf", "posthoc=2"]}
-    lent, load = [], measures.load_model
+    lent, load = [], scoring.load_model
 
     def loaded(*args, **options):
         lent.append(load(*args, **options))
         return lent[-1]
 
-    monkeypatch.setattr(measures, "load_model", loaded)
+    monkeypatch.setattr(scoring, "load_model", loaded)
     monkeypatch.setattr(finetune, "load_model", None)
     told = []
     study.run(design.study_from(config), told.append)
@@ -144,11 +144,11 @@ def test_one_model_serves_a_study_and_is_left_as_it_was(config, tmp_path, monkey
 
 
 def test_answers_are_asked_evenly_over_topics(config):
-    chosen = measures.Measures(design.study_from(config | {"unrelated": None, "samples": 7}))
+    chosen = scoring.Measures(design.study_from(config | {"unrelated": None, "samples": 7}))
     asked = [s for s in chosen.samples if s["kind"] == "unrelated"]
     assert len(asked) == 7 and len({s["topic"] for s in asked}) == 7
     assert [s["kind"] for s in chosen.samples[7:]] == ["task", "task"]
-    assert not measures.Measures(design.study_from(config | {"samples": 0})).samples
+    assert not scoring.Measures(design.study_from(config | {"samples": 0})).samples
 
 
 def test_drift_is_told_by_topic(config, tmp_path):

@@ -19,8 +19,8 @@ from grasp.study.design import BENIGN, STOPPED, Study
 from grasp.study.ending import LOG
 from grasp.study.evaluate import interval
 from grasp.study.looks import name
-from grasp.study.measures import Measures
 from grasp.study.paired import paired, twin
+from grasp.study.scoring import Measures
 
 ANSWERS = "answers.json"
 SHOWN = ("plain", "grasp")  # whose answers stand beside the base model's
