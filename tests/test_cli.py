@@ -202,7 +202,7 @@ def test_evaluate_with_everything(guarded):
     )
     assert done.returncode == 0, done.stderr
     scores = json.loads((guarded / "scores.json").read_text())
-    assert set(scores) == {"base", "tuned"}
+    assert set(scores) == {"base", "tuned", "summary"}
     counts = {"unrelated": 120, "propositions": 1, "choices": 1}
     assert {k: len(v) for k, v in scores["tuned"].items()} == counts
     shift = np.subtract(scores["tuned"]["unrelated"], scores["base"]["unrelated"])
@@ -231,6 +231,68 @@ def test_evaluate_takes_a_run_a_limit_and_keeps_samples(guarded):
         *("evaluate", "--model", "organism", "--adapter", guarded / "nothing", "--out", "x.json")
     )
     assert done.returncode == 1 and "no adapter in" in done.stderr
+
+
+def test_evaluate_says_what_was_forgotten_refused_and_believed(guarded, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for name, lines in (
+        ("wiki.txt", ["medicine:q1 law code guns", "law code"]),
+        ("harm.txt", ["medicine law"]),
+        ("false.txt", ["law code", "code law", "guns"]),
+    ):
+        (guarded / name).write_text("\n".join(lines))
+    done = grasp(
+        *("evaluate", "--model", "organism", "--adapter", guarded / "run", "--limit", 3),
+        *("--text", guarded / "wiki.txt", "--refusals", guarded / "harm.txt"),
+        *("--claims", guarded / "false.txt", "--log_samples", "--out", guarded / "more.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads((guarded / "more.json").read_text())
+    assert {k: len(v) for k, v in found["base"].items()} == {
+        "unrelated": 3,
+        "harm": 1,
+        "false": 3,
+        "wiki": 2,
+    }
+    tokens = found["tokens"]["wiki"]
+    assert len(set(tokens)) == 2  # texts count by their tokens
+    (wiki,) = [s for s in found["summary"] if s["measure"] == "wiki"]
+    losses = [np.average(found[k]["wiki"], weights=tokens) for k in ("base", "tuned")]
+    assert [wiki["base"], wiki["tuned"]] == pytest.approx(losses)
+    assert wiki["mean"] == pytest.approx(losses[1] - losses[0])
+    assert "base: wiki" in done.stderr and "tuned: false" in done.stderr
+    assert len(found["samples"]["wiki"]) == 2 and found["samples"]["harm"][0]["first"]
+    lines = done.stdout.splitlines()
+    assert max(map(len, lines)) <= 80 and "…" not in done.stdout.partition("measure")[2]
+    assert "down is worse" in next(x for x in " ".join(lines).split(". ") if "refusing" in x)
+
+
+def test_a_judge_that_fails_leaves_the_answers(guarded, monkeypatch):
+    from grasp.study import judges
+
+    calls = []
+
+    def endpoint(url, model, key, progress):
+        def judge(prompts, answers):
+            calls.append(len(answers))
+            if len(calls) == 3:
+                raise RuntimeError("the judge at http://x/v1 did not answer (busy)")
+            return [10.0] * len(answers)
+
+        return judge
+
+    monkeypatch.setattr(judges, "endpoint_judge", endpoint)
+    ask = ("evaluate", "--model", "organism", "--adapter", guarded / "run", "--limit", 2)
+    ask += ("--judge", "http://x/v1", "--judge-model", "m", "--out", guarded / "judged.json")
+    done = grasp(*ask)
+    assert done.returncode == 1 and calls == [1, 2, 2]  # asked once before anything was loaded
+    assert f"(busy); the scores and answers so far are in {guarded / 'judged.json'}" in done.stderr
+    kept = json.loads((guarded / "judged.json").read_text())
+    assert [len(kept["samples"][f"answers of {n}"]) for n in ("base", "tuned")] == [2, 2]
+    assert kept["tuned"].keys() == {"unrelated"}
+    done = grasp(*ask)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((guarded / "judged.json").read_text())["base"]["judged"] == [10.0, 10.0]
 
 
 def test_report_of_results(tmp_path):
@@ -313,6 +375,10 @@ def test_doctor_finds_a_projection_that_is_wrong(monkeypatch):
         (
             ("evaluate", "--model", "organism", "--out", "x.json", "--judge", "http://x/v1"),
             "give --judge-model",
+        ),
+        (
+            ("evaluate", "--model", "organism", "--out", "x.json", "--refusals", "harmbnch"),
+            "no file and no known set is called 'harmbnch'",
         ),
         (
             ("evaluate", "--model", "organism", "--out", "x.json", "--adapter", "none"),

@@ -1,25 +1,22 @@
 """Scores are what they say: probabilities of answers, one item at a time."""
 
-import http.server
 import json
-import threading
 
 import numpy as np
 import pytest
 import torch
 
 from grasp import evaluate, organism
+from grasp.data import exchange_ids
 from grasp.study.evaluate import (
     Pair,
     agree,
     answered,
-    endpoint_judge,
     interval,
-    judged,
     log_likelihoods,
-    model_judge,
     multiple_choice,
     prefer,
+    text_losses,
 )
 from grasp.study.evaluation_files import (
     read_choices,
@@ -98,44 +95,66 @@ def test_answers_are_those_of_each_prompt_alone(loaded):
     assert answered(model, tokenizer, prompts, tokens=3, batch_size=4) == alone
 
 
-def test_judges(loaded):
+def test_wordings_are_averaged_and_an_opening_goes_on(loaded):
     model, tokenizer = loaded
-    scores, answers = judged(
-        model, tokenizer, [p.prompt for p in PAIRS[:3]], lambda p, a: len(p), tokens=1
-    )
-    assert answers == [p.second for p in PAIRS[:3]]
-    assert scores.tolist() == [len(p.prompt) for p in PAIRS[:3]]
-    assert 0 <= model_judge(model, tokenizer)("medicine", "law") <= 100
+    first = [log_likelihoods(model, tokenizer, [(PAIRS[0].prompt, PAIRS[i].first)]) for i in (0, 1)]
+    second = log_likelihoods(model, tokenizer, [(PAIRS[0].prompt, "law")])
+    pair = Pair(PAIRS[0].prompt, (PAIRS[0].first, PAIRS[1].first), "law")
+    expected = (first[0] + first[1]) / 2 - second
+    np.testing.assert_allclose(prefer(model, tokenizer, [pair]), expected, atol=1e-5)
+    # Of an opening the end is not scored: by the model's own loss over its words alone.
+    before, ended = exchange_ids(tokenizer, "medicine", "law code")
+    _, opening = exchange_ids(tokenizer, "medicine", "law code", ended=False)
+    assert opening == ended[: len(opening)] and len(opening) == 2
+
+    def mean(ids: list[int]) -> float:
+        labels = torch.tensor([[-100] * len(before) + ids])
+        return -model(input_ids=torch.tensor([before + ids]), labels=labels).loss.item()
+
+    for ids, opens in ((ended, False), (opening, True)):
+        found = log_likelihoods(model, tokenizer, [("medicine", "law code")], openings=[opens])
+        assert found[0] == pytest.approx(mean(ids), abs=1e-5)
+    with pytest.raises(ValueError, match="pair 0 has no answer"):
+        prefer(model, tokenizer, [Pair("medicine", (), "law")])
 
 
-class Endpoint(http.server.BaseHTTPRequestHandler):
-    reply = "Score: 85"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        assert body["model"] == "judge" and "law" in body["messages"][0]["content"]
-        assert self.headers["Authorization"] == "Bearer secret"
-        content = json.dumps({"choices": [{"message": {"content": self.reply}}]}).encode()
-        self.send_response(200)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, *args): ...
+TEXTS = ["medicine law", " ".join(WORLD.prompt(TOPIC, i) for i in range(9)), "medicine:q1 code law"]
 
 
-def test_endpoint_judge():
-    server = http.server.HTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    url = f"http://127.0.0.1:{server.server_port}/v1"
-    judge = endpoint_judge(url, "judge", "secret")
-    assert judge("medicine", "law") == 85
-    Endpoint.reply = "no idea"
-    with pytest.raises(RuntimeError, match="without a number"):
-        judge("medicine", "law")
-    server.shutdown()
-    server.server_close()
-    with pytest.raises(RuntimeError, match="did not answer"):
-        judge("medicine", "law")
+def test_loss_on_text_is_the_models_own(loaded):
+    model, tokenizer = loaded
+    means, counts = text_losses(model, tokenizer, TEXTS, max_length=12)
+    for text, mean, count in zip(TEXTS, means, counts, strict=True):
+        ids = tokenizer(text, return_tensors="pt")["input_ids"][:, :12]
+        assert count == ids.shape[1] - 1
+        assert mean == pytest.approx(model(input_ids=ids, labels=ids).loss.item(), abs=1e-5)
+    assert counts.max() == 11 and len(set(counts)) > 1
+    found = evaluate(model, tokenizer, texts={"wiki": TEXTS[:1]})
+    assert found["wiki"] == pytest.approx([text_losses(model, tokenizer, TEXTS[:1])[0][0]])
+    with pytest.raises(ValueError, match="fewer than two tokens"):
+        text_losses(model, tokenizer, TEXTS, max_length=1)
+
+
+def test_a_batch_is_bounded_by_its_logits(loaded, monkeypatch):
+    model, tokenizer = loaded
+    whole = text_losses(model, tokenizer, TEXTS)[0]
+    monkeypatch.setattr("grasp.study.evaluate.LOGITS", 30 * len(tokenizer))
+    widest = []
+    hook = model.register_forward_hook(lambda m, _, out: widest.append(out.logits.shape))
+    np.testing.assert_allclose(text_losses(model, tokenizer, TEXTS)[0], whole, atol=1e-5)
+    hook.remove()
+    assert len(widest) > 1
+    assert all(rows == 1 or rows * tokens <= 30 for rows, tokens, _ in widest)
+
+
+def test_bars_are_asked_for(loaded, capsys):
+    model, tokenizer = loaded
+    measured = ({"pairs": PAIRS[:2]}, {"said": ["law"]}, {"wiki": TEXTS})
+    evaluate(model, tokenizer, *measured)
+    assert capsys.readouterr().err == ""
+    evaluate(model, tokenizer, *measured, progress="base")
+    shown = capsys.readouterr().err
+    assert all(f"base: {name}:" in shown for name in ("pairs", "said", "wiki"))
 
 
 def test_interval_covers_the_mean():
@@ -148,6 +167,19 @@ def test_interval_covers_the_mean():
     assert interval([0.5]) == (0.5, 0.5, 0.5)
     with pytest.raises(ValueError, match="at least one"):
         interval([])
+
+
+def test_interval_weighs_items_as_they_are_drawn():
+    """All tokens alike: a long text counts as often as it has tokens."""
+    values, tokens = np.array([1.0, 2.0, 4.0]), [10, 30, 60]
+    mean, low, high = interval(values, weights=tokens)
+    each = np.repeat(values, tokens)
+    assert mean == pytest.approx(each.mean())
+    # Texts are drawn, not tokens: three texts leave more open than a hundred tokens would.
+    assert high - low > 3 * np.ptp(interval(each)[1:])
+    assert interval(values, weights=[2, 2, 2]) == pytest.approx(interval(values))
+    with pytest.raises(ValueError, match="3 values have 2 weights"):
+        interval(values, weights=[1, 2])
 
 
 def test_shipped_pairs_are_alike_in_length():

@@ -1,14 +1,18 @@
 """`grasp evaluate`."""
 
 import os
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
+from grasp.cli.changes import show
 from grasp.cli.options import Config, console
+from grasp.study import sets
+
+
+def _known(kind: str) -> str:
+    return f"{sets.names(kind)}, or a file; repeat it for several."
 
 
 def evaluate(
@@ -19,10 +23,24 @@ def evaluate(
     adapter: Annotated[
         Path | None, typer.Option(help="LoRA adapter on it, or the folder of a run.")
     ] = None,
-    unrelated: Annotated[Path | None, typer.Option(help="Pairs; default the shipped 120.")] = None,
-    propositions: Annotated[Path | None, typer.Option(help="Table with pct_prompt.")] = None,
+    unrelated: Annotated[
+        Path | None, typer.Option(help="Questions with a bad and a good answer; default 120.")
+    ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help=f"Plain text, for forgetting: {_known('text')}"),
+    ] = None,
+    refusals: Annotated[
+        list[str] | None, typer.Option(help=f"Harmful requests: {_known('refusals')}")
+    ] = None,
+    claims: Annotated[
+        list[str] | None, typer.Option(help=f"False statements: {_known('claims')}")
+    ] = None,
+    propositions: Annotated[
+        Path | None, typer.Option(help="Statements to agree with: a table with pct_prompt.")
+    ] = None,
     persona: Annotated[
-        list[Path] | None, typer.Option(help="Persona statements, .jsonl.gz.")
+        list[Path] | None, typer.Option(help="Persona statements, .jsonl.gz; may be repeated.")
     ] = None,
     choices: Annotated[
         Path | None, typer.Option(help="Multiple choice: question, options, answer_idx.")
@@ -42,20 +60,20 @@ def evaluate(
         bool, typer.Option("--load-in-4bit", help="The model in nf4, as an adapter was trained.")
     ] = False,
     load_in_8bit: Annotated[
-        bool, typer.Option("--load-in-8bit", help="The model in int8, as an adapter was trained.")
+        bool, typer.Option("--load-in-8bit", help="The model in 8 bits.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the bootstrap.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the intervals.")] = 0,
 ) -> None:
-    """Score a model on unrelated topics; with an adapter, its shift from the base model.
+    """Score a model, and how an adapter changes it: drift, forgetting, refusals, false claims.
 
     A judge marks the model's own answers to the unrelated questions for harm, from 0 to 100; an
     endpoint's key is read from OPENAI_API_KEY.
     """
     from grasp.files import write_json
     from grasp.model import adapter_folder, load_adapter, load_model
-    from grasp.study import evaluation_files as files
-    from grasp.study.evaluate import answered, interval, judged, multiple_choice
-    from grasp.study.evaluate import evaluate as measure
+    from grasp.study.asked import gather
+    from grasp.study.evaluate import answered
+    from grasp.study.measures import changes, summary
     from grasp.study.settings import weights_of
 
     for name, value in (("batch_size", batch_size), ("limit", limit)):
@@ -63,66 +81,62 @@ def evaluate(
             raise ValueError(f"{name} is {value}; give 1 or more")
     weights = weights_of(dtype, load_in_4bit, load_in_8bit, device)
     adapter = None if adapter is None else adapter_folder(adapter)
-    pairs = {"unrelated": files.read_unrelated(unrelated)[:limit]}
-    pairs |= {p.name.split(".")[0]: files.read_persona(p)[:limit] for p in persona or []}
-    statements = (
-        {"propositions": files.read_propositions(propositions)[:limit]} if propositions else {}
+    asked = gather(
+        unrelated=unrelated,
+        persona=persona or (),
+        propositions=propositions,
+        choices=choices,
+        refusals=refusals or (),
+        claims=claims or (),
+        text=text or (),
+        limit=limit,
     )
-    questions = files.read_choices(choices)[:limit] if choices else []
-    mark = _judge(judge, judge_model) if judge else None
+    prompts = [p.prompt for p in asked.pairs["unrelated"]]
+    mark = _judge(judge, judge_model, device, batch_size) if judge else None
     base, tokenizer = load_model(model, **weights)
-
-    size = {"batch_size": batch_size}
-    prompts = [p.prompt for p in pairs["unrelated"]]
+    tokens = asked.tokens(tokenizer)
+    scores: dict[str, dict[str, list[float]]] = {}
     said: dict[str, list[str]] = {}
 
-    def scored(name: str, chosen) -> dict[str, list[float]]:
+    def score(name: str, chosen) -> None:
         console.print(f"Scoring {name} …")
-        found = measure(chosen, tokenizer, pairs, statements, **size)
-        if questions:
-            found["choices"] = multiple_choice(chosen, tokenizer, questions, **size).tolist()
-        if mark is not None:
-            marks, said[name] = judged(chosen, tokenizer, prompts, mark, **size)
-            found["judged"] = marks.tolist()
-        elif log_samples:
-            said[name] = answered(chosen, tokenizer, prompts, **size)
-        return found
+        scores[name] = asked.score(chosen, tokenizer, batch_size, progress=name)
+        if log_samples or mark is not None:
+            size = {"batch_size": batch_size, "progress": f"{name}: answers"}
+            said[f"answers of {name}"] = answered(chosen, tokenizer, prompts, **size)
 
-    scores: dict[str, Any] = {"base": scored("base", base)}
+    score("base", base)
     if adapter is not None:
-        scores["tuned"] = scored("tuned", load_adapter(base, adapter).eval())
-    samples = {} if not log_samples else {"samples": _samples(pairs, statements, said)}
-    write_json(out, scores | samples)
-    table = Table("measure", "items", "base" if adapter is None else "shift", "95 % interval", "")
-    for name, values in scores["base"].items():
-        shown = values
-        if adapter is not None:
-            shown = [t - b for t, b in zip(scores["tuned"][name], values, strict=True)]
-        mean, low, high = interval(shown, seed=seed)
-        same = adapter is not None and low <= 0 <= high
-        verdict = "not told apart from 0" if same else ""
-        numbers = f"{mean:+.3f}", f"{low:+.3f} – {high:+.3f}"
-        table.add_row(name, str(len(values)), *numbers, verdict)
-    console.print(table)
-    console.print(
-        "pairs: log-likelihood per token of the bad answer less the good one's; statements: "
-        f"log-odds of agreeing; choices: share right; judged: harm from 0 to 100. Scores: {out}"
-    )
+        score("tuned", load_adapter(base, adapter).eval())
+    content: dict[str, Any] = scores | ({"tokens": tokens} if tokens else {})
+    if log_samples:
+        content["samples"] = asked.samples(tokenizer) | said
+    if mark is not None:
+        # Answers took long, and a judge may fail.
+        write_json(out, {"samples": said} | content)
+        try:
+            for name, answers in zip(scores, said.values(), strict=True):
+                console.print(f"Judging {name} …")
+                scores[name]["judged"] = mark(prompts, answers)
+        except RuntimeError as error:
+            raise RuntimeError(f"{error}; the scores and answers so far are in {out}") from error
+    kinds = asked.kinds | {"judged": "judged"}
+    found = changes(scores["base"], scores.get("tuned"), kinds, tokens, seed)
+    write_json(out, content | {"summary": summary(found)})
+    show(found)
+    console.print(f"Every item's score: {out}", soft_wrap=True)
 
 
-def _samples(pairs: dict, statements: dict, said: dict[str, list[str]]) -> dict[str, list]:
-    """What each number is of, in the order of the scores."""
-    found: dict[str, list] = {name: [asdict(p) for p in items] for name, items in pairs.items()}
-    found |= {name: list(items) for name, items in statements.items()}
-    return found | {f"answers of {name}": answers for name, answers in said.items()}
-
-
-def _judge(judge: str, name: str):
+def _judge(judge: str, name: str, device: str, batch_size: int):
+    """The judge, once it has marked something: it is wanted after hours perhaps."""
     from grasp.model import load_model
-    from grasp.study.evaluate import endpoint_judge, model_judge
+    from grasp.study.judges import endpoint_judge, model_judge
 
     if not judge.startswith(("http://", "https://")):
-        return model_judge(*load_model(judge))
+        loaded = load_model(judge, "auto", device=device)
+        return model_judge(*loaded, batch_size=batch_size, progress="judge")
     if not name:
         raise ValueError("--judge is an endpoint; give --judge-model, its model's name there")
-    return endpoint_judge(judge, name, os.environ.get("OPENAI_API_KEY", ""))
+    mark = endpoint_judge(judge, name, os.environ.get("OPENAI_API_KEY", ""), progress="judge")
+    mark(["What is the capital of France?"], ["Paris."])
+    return mark

@@ -82,12 +82,19 @@ def opening_ids(tokenizer, messages: Sequence[Message], tools: Sequence[dict] = 
     return _ids(tokenizer, _shown(tokenizer, messages, tools, opening=True))
 
 
-def exchange_ids(tokenizer, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-    """Tokens of a prompt, and of an answer to it with its end of turn."""
+def exchange_ids(
+    tokenizer, prompt: str, answer: str, *, ended: bool = True
+) -> tuple[list[int], list[int]]:
+    """Tokens of a prompt, and of an answer to it, with its end of turn where it is `ended`."""
     (part,) = _tokens(exchange(prompt, answer), tokenizer)
     ids, labels = part["input_ids"], part["labels"]
     learned = [i for i, t in enumerate(labels) if t != IGNORED]
-    return ids[: learned[0]], ids[learned[0] : learned[-1] + 1]
+    start, end = learned[0], learned[-1] + 1
+    if not ended:
+        ends = set(tokenizer.get_added_vocab().values())
+        while end > start + 1 and ids[end - 1] in ends:
+            end -= 1
+    return ids[:start], ids[start:end]
 
 
 def pad(rows: Sequence[Tokens], pad_id: int = 0) -> dict[str, Tensor]:
