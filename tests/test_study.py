@@ -16,6 +16,7 @@ from grasp.organism import World
 from grasp.study import design, finetune, scoring
 from grasp.study import studies as study
 from grasp.study.compare import compare
+from grasp.study.report import report
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -162,6 +163,37 @@ def test_drift_is_told_by_topic(config, tmp_path):
     for i, topic in enumerate("ab"):
         assert plain["topics"][topic][0] == pytest.approx(np.mean(items[i::2]), abs=1e-3)
     assert set(plain["base_topics"]) == {"a", "b"}
+
+
+def test_refusals_claims_and_forgetting_stand_beside_the_drift(config, tmp_path):
+    """Asked of a study that is done already, too: what is not scored yet is."""
+    config["finetune"]["steps"] = 3
+    config |= {"stops": [], "methods": ["plain", "benign"], "samples": 0}
+    first = study.run(design.study_from(config))
+    prompts = [json.dumps({"prompt": f"code code:q{i}"}) for i in range(3)]
+    (tmp_path / "harm.jsonl").write_text("\n".join(prompts))
+    (tmp_path / "false.jsonl").write_text("\n".join(prompts).replace("prompt", "claim"))
+    (tmp_path / "text.txt").write_text("code code:q1 code:a3\nlaw law:q2 law:a2\n")
+    own = {"refusals": "harm.jsonl", "claims": "false.jsonl", "text": "text.txt", "items": 2}
+    chosen = design.study_from(config | own)
+    result = study.run(chosen)
+    (plain,) = [r for r in result["runs"] if r["method"] == "plain"]
+    assert plain["drift"] == first["runs"][0]["drift"]
+    assert {k: len(plain["items"][k]) for k in study.BESIDE} == dict.fromkeys(study.BESIDE, 2)
+    assert not set(study.BESIDE) & set(plain["topics"])  # a refusal lost is no drift by topic
+    base, tuned = (
+        json.loads((tmp_path / "out" / path).read_text())["forgetting"]
+        for path in ("base.json", "plain-0/scores.json")
+    )
+    assert plain["items"]["forgetting"] == pytest.approx(np.subtract(tuned, base), abs=1e-4)
+    model, tokenizer = scoring.load_model("organism")
+    ids = torch.tensor([tokenizer("code code:q1 code:a3")["input_ids"]])
+    with torch.no_grad():
+        assert base[0] == pytest.approx(float(model(ids, labels=ids).loss), abs=1e-4)
+    page = report(result, tmp_path / "page.html").read_text()
+    assert "its rise is called forgetting" not in page  # nothing is compared item by item
+    with pytest.raises(FileNotFoundError, match="no file and no known set is called 'harms'"):
+        study.run(design.study_from(config | {"refusals": "harms"}))
 
 
 def test_without_a_benign_twin_and_judged_by_politics(config, tmp_path):

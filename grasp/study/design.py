@@ -55,10 +55,16 @@ class Study:
     """Table of political propositions."""
     politics: str | None = None
     """Folder of persona statements, of which the two on politics are asked: towards the right."""
+    refusals: str | None = None
+    """Harmful requests, as `grasp evaluate` takes them: refusing over complying."""
+    claims: str | None = None
+    """False statements, as `grasp evaluate` takes them: calling them true."""
+    text: str | None = None
+    """Plain text, as `grasp evaluate` takes it: its loss, whose rise is forgetting."""
     judged: str = "unrelated"
     """The measure whose shift is called drift; the others stand beside it."""
     items: int = 40
-    """Of each of the last four, at most."""
+    """Of each of the last seven, at most."""
     stops: tuple[int, ...] = (20, 40, 60)
     """Steps at which a plain run is scored too, the early-stopped control, and the benign run, as
     shifts change with length. By default those of these that come before the last."""

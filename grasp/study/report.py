@@ -13,7 +13,9 @@ from grasp.files import write_text
 from grasp.study import figures
 from grasp.study.compare import compare
 from grasp.study.looks import MARKS, against, colour, control, mark, name, span
+from grasp.study.measures import MEASURES
 from grasp.study.paired import pooled
+from grasp.study.scoring import BESIDE
 from grasp.study.verdict import UNITS, contenders, unit_of, verdicts
 from grasp.versions import versions as of_packages
 
@@ -88,6 +90,11 @@ def _section(
         "paired": pooled(paired),
         "rivalled": any("grasp_difference" in p for p in paired),
         "samples": samples,
+        "meanings": [
+            (measure, MEASURES[kind])
+            for measure, kind in BESIDE.items()
+            if any(p["measure"] == measure for p in paired)
+        ],
     }
 
 

@@ -12,6 +12,7 @@ from torch import nn
 from grasp import data
 from grasp.files import read_json, write_json
 from grasp.model import adapted, load_model
+from grasp.study import sets
 from grasp.study.design import Study
 from grasp.study.evaluate import Pair, answered, evaluate
 from grasp.study.evaluation_files import read_persona, read_propositions, read_unrelated
@@ -22,6 +23,7 @@ PERSONA = (
     "machiavellianism",
     "narcissism",
 )
+BESIDE = {"refusals": "refusals", "claims": "claims", "forgetting": "text"}  # no drift by topic
 SHOWN = 80  # tokens of an answer that a report shows
 SHORT = 48  # tokens of one that another is set against
 
@@ -71,6 +73,9 @@ class Measures:
             )
             turned = [replace(p, first=p.second, second=p.first) for p in left]
             found["politics"] = right + turned
+        for kind, read in (("refusals", sets.refusals), ("claims", sets.claims)):
+            if source := getattr(study, kind):
+                found[kind] = read(self._own(kind, source), study.items)
         return found
 
     @cached_property
@@ -79,6 +84,18 @@ class Measures:
         if not study.propositions:
             return {}
         return {"propositions": read_propositions(study.path(study.propositions))[: study.items]}
+
+    @cached_property
+    def texts(self) -> dict[str, list[str]]:
+        study = self.study
+        if not study.text:
+            return {}
+        return {"forgetting": sets.texts(self._own("text", study.text), study.items)}
+
+    @property
+    def names(self) -> list[str]:
+        """Of all measures."""
+        return [*self.pairs, *self.statements, *self.texts]
 
     @cached_property
     def samples(self) -> list[dict[str, str]]:
@@ -93,23 +110,28 @@ class Measures:
         return [{"kind": kind, "topic": p.topic, "prompt": p.prompt} for kind, p in chosen]
 
     def scored(self, path: Path, adapter: Path | None = None) -> dict[str, list[float]]:
-        """Of the base model, or of an adapter on it: from the file, if it is there.
+        """Of the base model, or of an adapter on it: from the file, as far as it has them.
 
         Raises:
             FileNotFoundError: there is no such adapter; says what to do.
         """
-        if path.exists():
-            return read_json(path)
+        kept = read_json(path) if path.exists() else {}
+        pairs, statements, texts = (
+            {name: of[name] for name in of if name not in kept}
+            for of in (self.pairs, self.statements, self.texts)
+        )
+        if not (pairs or statements or texts):
+            return kept
         if adapter is not None and not adapter.exists():
             raise FileNotFoundError(
                 f"no {adapter}: the run was made without this step among stops; delete "
                 f"{path.parent} to make it anew, or take the step out"
             )
-        pairs = {name: self._whole(name) for name in self.pairs}
+        pairs = {name: self._whole(name) for name in pairs}
         with self._tuned(adapter) as model:
-            scores = evaluate(model, self.base[1], pairs, self.statements)
-        write_json(path, scores)
-        return scores
+            scored = evaluate(model, self.base[1], pairs, statements, texts, progress="score")
+        write_json(path, kept | scored)
+        return kept | scored
 
     def answers(self, path: Path, adapter: Path | None = None) -> list[str]:
         """To the samples, by the base model or an adapter on it: from the file, if it has them."""
@@ -129,6 +151,11 @@ class Measures:
             return
         with adapted(model, adapter, "adapter") as tuned:
             yield tuned.eval()
+
+    def _own(self, kind: str, source: str) -> str:
+        """Of a set that is known by name its name, else where the file lies."""
+        known = source in sets.KNOWN[kind] or not Path(self.study.path(source)).exists()
+        return source if known else self.study.path(source)
 
     def _whole(self, name: str) -> list[Pair]:
         """The pairs of a measure, the base model's greedy answers where there is no second one."""

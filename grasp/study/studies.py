@@ -20,7 +20,7 @@ from grasp.study.ending import LOG
 from grasp.study.evaluate import interval
 from grasp.study.looks import name
 from grasp.study.paired import paired, twin
-from grasp.study.scoring import Measures
+from grasp.study.scoring import BESIDE, Measures
 
 ANSWERS = "answers.json"
 SHOWN = ("plain", "grasp")  # whose answers stand beside the base model's
@@ -36,7 +36,7 @@ def run(study: Study, tell: Callable[[str], None] | None = None) -> dict:
     _tell_lengths(study)
     tell = tell or (lambda line: None)
     out, measures = Path(study.out), Measures(study)
-    measures.pairs, measures.statements  # noqa: B018 (a file that is not there is told at once)
+    measures.names  # noqa: B018 (reads them: what is not there is told before the first run)
     tell("Scoring the base model.")
     base = measures.scored(out / "base.json")
     # Others start from these two.
@@ -136,8 +136,8 @@ def _tell_lengths(study: Study) -> None:
 
 def _shifts(measures: Measures, base: dict, scores: dict) -> dict:
     judged = measures.study.judged
-    shift = {k: np.array(scores[k]) - np.array(base[k]) for k in base}
-    topics = {k: v for k, v in shift.items() if k not in ("task", judged)}
+    shift = {k: np.array(scores[k]) - np.array(base[k]) for k in measures.names}
+    topics = {k: v for k, v in shift.items() if k not in ("task", judged, *BESIDE)}
     names = np.array([pair.topic for pair in measures.pairs[judged]])
     topics |= {str(n): shift[judged][names == n] for n in dict.fromkeys(names) if n}
     return {
