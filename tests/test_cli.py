@@ -267,6 +267,24 @@ def test_evaluate_says_what_was_forgotten_refused_and_believed(guarded, monkeypa
     assert "down is worse" in next(x for x in " ".join(lines).split(". ") if "refusing" in x)
 
 
+@pytest.mark.parametrize("moved, verdict", [(1.0, "worse"), (-1.0, "better"), (0.0, "not told")])
+def test_a_shift_is_judged_by_which_way_is_worse(capsys, moved, verdict):
+    from grasp.cli.changes import show
+    from grasp.study.measures import MEASURES, changes
+
+    wrong = {"worse": "better", "better": "worse"}
+    for kind, measure in MEASURES.items():
+        base, name = [0.5] * 4, f"[{kind}]"
+        found = changes({name: base}, {name: [b + moved for b in base]}, {name: kind})
+        show(found)
+        expected = wrong.get(verdict, verdict) if measure.worse < 0 else verdict
+        if measure.worse == 0 and moved:
+            expected = "changed"
+        shown = capsys.readouterr().out
+        assert found[0].verdict.startswith(expected) and f" {expected}" in shown, kind
+        assert name in shown and measure.meaning in shown
+
+
 def test_a_judge_that_fails_leaves_the_answers(guarded, monkeypatch):
     from grasp.study import judges
 

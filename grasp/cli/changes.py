@@ -4,18 +4,21 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from grasp.cli.options import console
 from grasp.study.measures import MEASURES, SAME, Change
 
+NAME = 14  # letters of a name in one line on 80 columns
 STYLES = {"worse": "bold red", "better": "green", SAME: "dim"}
 
 
 def show(found: Sequence[Change]) -> None:
     """A line for each measure, and below what each kind of measure means."""
     compared = any(change.tuned is not None for change in found)
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1))
-    table.add_column("measure", overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    longest = max(len(change.measure) for change in found)
+    table.add_column("measure", overflow="fold", min_width=min(longest, NAME))
     for heading in ("items", "base", *(("tuned", "shift") if compared else ()), "95 % interval"):
         table.add_column(heading, justify="right", no_wrap=True)
     if compared:
@@ -27,12 +30,12 @@ def show(found: Sequence[Change]) -> None:
             numbers += [f"{change.tuned:.{digits}f}", f"{change.mean:+.{digits}f}"]
         sign = "+" if compared else ""
         low, high = (f"{v:{sign}.{digits}f}" for v in (change.low, change.high))
-        said = [f"[{STYLES.get(change.verdict, '')}]{change.verdict}[/]"] if compared else []
-        table.add_row(change.measure, str(change.items), *numbers, f"{low} to {high}", *said)
+        said = [Text(change.verdict, STYLES.get(change.verdict, ""))] if compared else []
+        name = Text(change.measure)  # a file's, which may look like markup
+        table.add_row(name, str(change.items), *numbers, f"{low} to {high}", *said)
     console.print(table)
     for kind in dict.fromkeys(change.kind for change in found):
         measure = MEASURES[kind]
         of = [change.measure for change in found if change.kind == kind]
-        console.print(
-            f"[bold]{', '.join(of)}[/]: {measure.meaning} ({measure.unit}); {measure.direction}."
-        )
+        said = f": {measure.meaning} ({measure.unit}); {measure.direction}."
+        console.print(Text.assemble((", ".join(of), "bold"), said))
