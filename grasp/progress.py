@@ -98,8 +98,8 @@ class Stage:
                 self._view.show(self._going_on(), self)
 
     def _show(self) -> None:
-        _shown.append(self)
         self._view = _Bar(self) if _moves() else _Lines()
+        _shown.append(self)
         with suppress(OSError, ValueError):
             self._view.show(f"{self.what} …", self)
 

@@ -16,6 +16,7 @@ import torch
 
 import grasp
 from grasp import Guard, progress
+from grasp.guard.trainer import fit
 from grasp.model import load_model, with_lora
 from grasp.organism import World
 from grasp.progress import Stage, speaking, tell
@@ -228,6 +229,25 @@ def test_a_command_speaks_before_torch_is_there():
     lines = done.stderr.splitlines()
     assert done.returncode == 1 and lines[0] == "Loading PyTorch …"
     assert lines[-1] == "grasp: model is missing; give --model or put it into the config"
+
+
+def test_a_checkpoint_asks_no_hub(tmp_path, monkeypatch):
+    from peft.utils import save_and_load
+
+    def asked(*args, **kwargs):
+        raise AssertionError("a hub was asked")
+
+    monkeypatch.setattr(save_and_load, "check_file_exists_on_hf_hub", asked)
+    model, tokenizer = load_model("organism")
+    model = small_lora(model)
+    model.peft_config["default"].base_model_name_or_path = "nobody/nothing"
+    with pytest.raises(AssertionError, match="a hub was asked"):
+        model.save_pretrained(tmp_path / "asks")
+    rows = [{k: v[0].tolist() for k, v in batch(rows=1).items()}] * 4
+    pace = {"steps": 1, "batch_size": 4, "learning_rate": 1e-3, "seed": 0, "save_every": 1}
+    fit(model, tokenizer, rows, tmp_path / "out", quiet=True, **pace)
+    assert (tmp_path / "out" / "checkpoint-1" / "adapter_model.safetensors").exists()
+    assert "save_pretrained" not in vars(model)
 
 
 def test_what_others_print_stays_away(capfd, monkeypatch):

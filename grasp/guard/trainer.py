@@ -29,6 +29,7 @@ from grasp.guard.certificate import certificate, why
 from grasp.guard.frozen import freeze_early
 from grasp.guard.guard import Guard
 from grasp.guard.record import record
+from grasp.model.noise import saved_unasked
 from grasp.progress import Stage, speaking, tell
 
 STATE = "grasp_guard.safetensors"
@@ -319,7 +320,7 @@ def fit(
     newest = None
     if resume and save_every is not None:  # one without a guard's state is refused, if it is alone
         newest = (guarded and newest_whole(Path(out), guarded=True)) or newest_whole(Path(out))
-    with speaking(None if quiet else 0), shown:
+    with speaking(None if quiet else 0), saved_unasked(model), shown:
         trainer.train(resume_from_checkpoint=newest and str(newest))
     return trainer
 

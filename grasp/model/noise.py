@@ -4,7 +4,10 @@ import importlib
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from unittest import mock
+
+from torch import nn
 
 GGUF = "transformers.modeling_gguf_pytorch_utils"  # which takes its bar from tqdm itself
 
@@ -37,3 +40,16 @@ def old_names_allowed() -> Iterator[None]:
         asked = "`is_gradient_checkpointing` is deprecated"
         warnings.filterwarnings("ignore", asked, FutureWarning)
         yield
+
+
+@contextmanager
+def saved_unasked(model: nn.Module) -> Iterator[None]:
+    """The vocabulary is the base's: else PEFT asks the hub whether it is, at each checkpoint."""
+    if not hasattr(model, "peft_config"):
+        yield
+        return
+    model.save_pretrained = partial(model.save_pretrained, save_embedding_layers=False)
+    try:
+        yield
+    finally:
+        del model.save_pretrained
