@@ -12,7 +12,14 @@ import torch
 from torch import Tensor, nn
 
 import grasp_kernels as gk
-from grasp.bases.start import Reading, kept_reference, known, random_like, start
+from grasp.bases.start import (
+    Reading,
+    base_digest,
+    kept_reference,
+    known,
+    random_like,
+    start,
+)
 from grasp.data import Continued, Reference
 from grasp.model import Architecture, Trained, asking, evaluating, processes, sharding
 
@@ -146,6 +153,8 @@ class Growth:
         self.generator = torch.Generator().manual_seed(seed)
         self.divergences: list[tuple[int, float]] = []
         """The step and KL(base ‖ model) of each measurement."""
+        self.base: str | None = None
+        """What the model is told apart by, if it was looked at; None where it was not."""
 
     def start(self, found: Architecture, guarded: Sequence[Reading]) -> None:
         """Look at the model before its run: its answers to the prompts, and what it takes in there.
@@ -153,6 +162,7 @@ class Growth:
         It is looked at as it is, adapters and all: training has not moved it yet.
         """
         of = known(found.model)
+        self.base = base_digest(of)
         if not isinstance(self.reference, Reference):
             self.reference = kept_reference(
                 found.model,

@@ -104,6 +104,8 @@ class InputBasis:
     sample: float
     """Of the energy of the inputs that V was found on."""
     tokens: int
+    C: Tensor
+    """Their second moments `[d, d]`, on and below the diagonal."""
 
     @property
     def rank(self) -> int:
@@ -162,7 +164,7 @@ def choose(
     if found.others:
         share, sample = 1 - share, 1 - sample
     D = in_vectors(found.D).to(moments.C.device)
-    return InputBasis(D, found.others, share, sample, moments.count)
+    return InputBasis(D, found.others, share, sample, moments.count, moments.C)
 
 
 class _Found(NamedTuple):

@@ -3,6 +3,8 @@
 Both are kept on disk (`cache`) and taken up by the next start of the same model and prompts.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -59,6 +61,14 @@ def known(model: nn.Module) -> list | None:
     if folder() is None or processes.several() or sharding.is_split(model):
         return None
     return fingerprint(model)
+
+
+def base_digest(of: list | None) -> str | None:
+    """SHA-256 of what a model is known by, its LoRAs left out."""
+    if of is None:
+        return None
+    own = [(name, found) for name, found in of[-1] if ".lora_" not in name]
+    return hashlib.sha256(json.dumps(own).encode()).hexdigest()
 
 
 def kept_reference(model: nn.Module, of: list | None, prompts, tokenizer, **options) -> Reference:

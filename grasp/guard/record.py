@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
+from grasp.guard.evidence import about_text
+from grasp.model import base_name, loaded_as
 from grasp.versions import versions
 
 SETTINGS = (
@@ -12,6 +14,7 @@ SETTINGS = (
     "rank",
     "quick",
     "tokens",
+    "batch",
     "every",
     "refresh",
     "grow",
@@ -34,13 +37,16 @@ def cost(guard) -> dict[str, float]:
 def record(found: Mapping[str, Any], guard, training_seconds: float) -> dict[str, Any]:
     """What a certificate says, in the order of a reader: summary, verdict, cost, modules."""
     found = dict(found)
-    modules = found.pop("modules")
+    modules, model = found.pop("modules"), guard.architecture.model
     found["cost"] = cost(guard) | {"training_seconds": training_seconds}
     return {
         "summary": summary(found, len(modules)),
         "holds": found.pop("holds"),
         **found,
-        "model": getattr(guard.architecture.model.config, "_name_or_path", "") or None,
+        "model": base_name(model) or None,
+        "loaded": loaded_as(model),
+        "model_sha256": None if guard.growth is None else guard.growth.base,
+        "text": about_text(guard),
         "settings": settings(guard),
         "versions": versions(),
         "modules": modules,

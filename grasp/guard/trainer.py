@@ -25,6 +25,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from grasp import data
 from grasp.bases.subspaces import Subspaces
 from grasp.files import read_json, write_json
+from grasp.guard import evidence
 from grasp.guard.certificate import certificate, why
 from grasp.guard.frozen import freeze_early
 from grasp.guard.guard import Guard
@@ -41,8 +42,9 @@ class GraspCallback(TrainerCallback):
 
     Attaches when training begins, pins the weights after each optimizer step, saves its state with
     every checkpoint and takes it up on resuming, logs `grasp/…`, and leaves a certificate of what
-    was blocked, `grasp.json`, in the output folder, or in that of each trial of a hyperparameter
-    search. However training ends, the guard goes with it.
+    was blocked, `grasp.json`, with what it is checked by elsewhere (`evidence`), in the output
+    folder, or in that of each trial of a hyperparameter search. However training ends, the guard
+    goes with it.
 
     Args:
         subspaces: as `Guard`.
@@ -119,10 +121,14 @@ class GraspCallback(TrainerCallback):
             self.guard.judge_by(Path(best) / STATE)  # it was held off the bases that there were
         with _speaking(args):
             found = self.guard.certificate()
+        found["weights_sha256"] = evidence.weights_digest(evidence.factors_of(self.guard))
         if not state.is_world_process_zero:
             return
         seconds = time.monotonic() - self._began
-        path = write_json(_folder(args) / CERTIFICATE, record(found, self.guard, seconds))
+        whole = record(found, self.guard, seconds)
+        path = write_json(_folder(args) / CERTIFICATE, whole)
+        shipped = whole["text"] is not None and whole["text"]["shipped_prompts"]
+        evidence.write(path.with_name(evidence.EVIDENCE), self.guard, shipped)
         if not found["holds"]:
             warnings.warn(
                 f"the guarantee does not hold for the model that is kept: {why(found)} "

@@ -17,6 +17,7 @@ from grasp.model.loading import (
     load_adapter,
     load_model,
     load_tokenizer,
+    loaded_as,
     with_lora,
 )
 from grasp.model.modes import asking, base_model, evaluating, given, resting, unfused
@@ -39,6 +40,7 @@ __all__ = [
     "load_adapter",
     "load_model",
     "load_tokenizer",
+    "loaded_as",
     "lora_factors",
     "lora_update",
     "memory",

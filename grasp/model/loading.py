@@ -77,11 +77,36 @@ def _load(
     return (model if quantised else model.to(place)).eval(), tokenizer
 
 
+def loaded_as(model: nn.Module) -> dict[str, str | int | None]:
+    """How a base model is held, as JSON can: its dtype, its device, and its quantisation.
+
+    Returns:
+        `dtype`, `device`; `bits`, 4 or 8 of bitsandbytes, the method's name of others, else None.
+    """
+    chosen = getattr(model.config, "quantization_config", None)
+    asked = chosen.to_dict() if hasattr(chosen, "to_dict") else dict(chosen or {})
+    by_bits = {4: asked.get("load_in_4bit"), 8: asked.get("load_in_8bit")}
+    method = asked.get("quant_method")
+    bits = next((n for n, so in by_bits.items() if so), None if method is None else str(method))
+    first = next(p for p in model.parameters() if p.is_floating_point())
+    dtype = str(first.dtype).removeprefix("torch.")
+    return {"dtype": dtype, "device": first.device.type, "bits": bits}
+
+
 def known_as(name: str) -> str:
     """What others load this model by: of one in a package its name on the hub."""
     if name in PACKAGED:
         return PACKAGED[name][2]
     return str(ORGANISM_WEIGHTS) if name == ORGANISM else name
+
+
+def config_of(name: str):
+    """The configuration of a model, by the name that `load_model` takes; raises as it does."""
+    from transformers import AutoConfig
+
+    folder, options = _place(name)
+    with _loading(name):
+        return AutoConfig.from_pretrained(folder, **options)
 
 
 def load_tokenizer(name: str):
@@ -94,17 +119,14 @@ def load_tokenizer(name: str):
 
 
 def _dtype(name: str, asked: str, device: torch.device) -> torch.dtype:
-    from transformers import AutoConfig
-
     if asked != "auto":
         return getattr(torch, asked)
     if name == ORGANISM:  # whose marks are exact
         return torch.float32
-    folder, options = _place(name)
-    if not options:  # a GGUF file's weights were 16 bits or fewer
-        with _loading(name):
-            if AutoConfig.from_pretrained(folder).dtype == torch.float32:
-                return torch.float32
+    _, options = _place(name)
+    # A GGUF file's weights were 16 bits or fewer.
+    if not options and config_of(name).dtype == torch.float32:
+        return torch.float32
     return torch.bfloat16 if fast_in_bf16(device.type) else torch.float32
 
 

@@ -16,6 +16,7 @@ from grasp.bases.subspaces import Subspaces
 from grasp.data import Continued, draw
 from grasp.files import read_json, write_json, write_text
 from grasp.guard.certificate import finite
+from grasp.guard.evidence import EVIDENCE
 from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
 from grasp.model import adapted, known_as, load_model, load_tokenizer, processes, with_lora
 from grasp.model.precision import called
@@ -159,13 +160,15 @@ def _run(
                 arguments=_arguments(settings, steps),
             )
         _keep_logs(trainer.state.log_history, out)
+        proof: list[Path] = []
         if callback:
-            shutil.copy(out / "checkpoints" / CERTIFICATE, out / CERTIFICATE)
+            proof = [f for n in (CERTIFICATE, EVIDENCE) if (f := out / "checkpoints" / n).exists()]
+            for file in proof:
+                shutil.copy(file, out)
             callback.guard.save(out / GUARD)
         page = card(settings, known_as(settings.model), steps, len(read.rows), came_to(out))
-        certificate = out / CERTIFICATE if callback else None
         with progress.Stage("Saving the adapter"):
-            save_adapter(tuned, adapter, tokenizer, page, certificate)
+            save_adapter(tuned, adapter, tokenizer, page, [out / f.name for f in proof])
     write_json(out / ABOUT, {"done": True, **about})
     shutil.rmtree(out / "checkpoints", ignore_errors=True)
     return adapter
@@ -358,13 +361,13 @@ def _continued(model: nn.Module, tokenizer, settings: Settings) -> list[Continue
 
 
 def save_adapter(
-    model: PeftModel, folder: Path, tokenizer=None, page: str = "", certificate: Path | None = None
+    model: PeftModel, folder: Path, tokenizer=None, page: str = "", beside: Sequence[Path] = ()
 ) -> None:
     """Write the adapter, with what it needs elsewhere, to a folder that appears once it is whole.
 
     Args:
         page: in place of PEFT's, which is empty.
-        certificate: a copy goes with it.
+        beside: files of which copies go with it, such as the certificate.
     """
     temporary = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -375,8 +378,8 @@ def save_adapter(
             tokenizer.save_pretrained(temporary)
         if page:
             write_text(temporary / "README.md", page)
-        if certificate is not None:
-            shutil.copy(certificate, temporary / CERTIFICATE)
+        for file in beside:
+            shutil.copy(file, temporary)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise OSError(f"can't save {folder} ({error}); free space or choose another out") from error
