@@ -310,7 +310,8 @@ def test_a_judge_that_fails_leaves_the_answers(guarded, monkeypatch):
     assert kept["tuned"].keys() == {"unrelated"}
     done = grasp(*ask)
     assert done.returncode == 0, done.stderr
-    assert json.loads((guarded / "judged.json").read_text())["base"]["judged"] == [10.0, 10.0]
+    judged = json.loads((guarded / "judged.json").read_text())
+    assert judged["base"]["judged"] == [10.0, 10.0] and judged["samples"] == kept["samples"]
 
 
 def test_report_of_results(tmp_path):

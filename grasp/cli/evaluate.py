@@ -109,11 +109,10 @@ def evaluate(
     if adapter is not None:
         score("tuned", load_adapter(base, adapter).eval())
     content: dict[str, Any] = scores | ({"tokens": tokens} if tokens else {})
-    if log_samples:
-        content["samples"] = asked.samples(tokenizer) | said
+    if said:
+        content["samples"] = (asked.samples(tokenizer) if log_samples else {}) | said
     if mark is not None:
-        # Answers took long, and a judge may fail.
-        write_json(out, {"samples": said} | content)
+        write_json(out, content)  # answers took long, and a judge may fail
         try:
             for name, answers in zip(scores, said.values(), strict=True):
                 console.print(f"Judging {name} …")
