@@ -61,11 +61,6 @@ def lora(model: torch.nn.Module, rank: int = RANK) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
-def free_bytes(inputs: set[tuple[str, int]]) -> int:
-    """Of fp32 bases of `FREE` directions, one for each of the inputs, given with their width."""
-    return sum(4 * FREE * d for _, d in inputs)
-
-
 def counted(name: str) -> dict:
     """Of a model on the meta device: what is kept, and what a start does."""
     config = MODELS[name]
@@ -80,14 +75,15 @@ def counted(name: str) -> dict:
         mask = torch.zeros(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bfloat16, device="meta")
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     forward = flops.get_total_flops() / SEQUENCE * tokens
+    kept = [(n, A.shape[1], 1) for n, A, _, _ in factors]
     A = sum(4 * A.numel() for _, A, _, _ in factors)
     per_input = {d: sum(1 for _, e in inputs if e == d) for _, d in inputs}
     return {
         "model": name,
         "weights_bytes_bf16": sum(2 * p.numel() for p in model.get_base_model().parameters())
         - sum(2 * T.numel() for _, A, B, _ in factors for T in (A, B)),
-        "bases_bytes_tracked": bytes_of((n, A.shape[1], 1) for n, A, _, _ in factors),
-        "bases_bytes_free": free_bytes(inputs),
+        "bases_bytes_tracked": bytes_of(kept),
+        "bases_bytes_free": bytes_of(kept, free=FREE),
         "bases_bytes_frozen": 0,
         "gradient_and_adam_bytes_of_A_tracked": 3 * A,
         "gradient_and_adam_bytes_of_A_frozen": 0,

@@ -9,8 +9,11 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +26,7 @@ from grasp.progress import Stage
 
 VARIABLE = "GRASP_CACHE"
 OFF = ("", "0", "off", "false", "no")
+WRITING = 3600  # seconds after which nobody writes a part any more
 
 
 def folder() -> Path | None:
@@ -58,6 +62,8 @@ class Entry:
                     tensors = {name: file.get_tensor(name) for name in file.keys()}
             except (SafetensorError, KeyError, OSError, ValueError):
                 continue  # it is found anew, and written over
+            with suppress(OSError):
+                os.utime(path)  # when it was last of use: `survey`
             yield facts, tensors
 
     def keep(self, name: str, facts: dict, tensors: dict[str, Tensor]) -> None:
@@ -76,6 +82,43 @@ class Entry:
         """Delete it."""
         if self.path is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+
+
+class Survey(NamedTuple):
+    """What is kept on disk."""
+
+    path: Path
+    bytes: int
+    damaged: list[Path]  # parts that can't be read, and what a killed process left half-written
+    unused: list[Path]  # whole parts that served no start for long
+
+
+def survey(days: float) -> Survey | None:
+    """What is kept, with what served no start for so many days; None where nothing is."""
+    base = folder()
+    if base is None or not base.is_dir():
+        return None
+    now, size = time.time(), 0
+    damaged: list[Path] = []
+    unused: list[Path] = []
+    for path in sorted(p for p in base.glob("*/*/*") if p.is_file()):
+        age, size = now - path.stat().st_mtime, size + path.stat().st_size
+        if path.suffix != ".safetensors":
+            if age > WRITING:
+                damaged.append(path)
+        elif not _is_whole(path):
+            damaged.append(path)
+        elif age > days * 86400:
+            unused.append(path)
+    return Survey(base, size, damaged, unused)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return "facts" in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def fingerprint(model: nn.Module) -> list:

@@ -184,13 +184,16 @@ def _is_fresh(t: Trained, weights: dict[tuple, Whole]) -> bool:
     return t.partner is not None and weights[t.key].kept is None
 
 
-def bytes_of(inputs: Iterable[tuple[str, int, int]], rank: int | None = None) -> int:
+def bytes_of(
+    inputs: Iterable[tuple[str, int, int]], rank: int | None = None, free: int | None = None
+) -> int:
     """How much bases of inputs will take, about: of what is blocked or what is left, the smaller.
 
     Args:
         inputs: the name of each LoRA's A, as `block.0.attention.q.lora_A.default`, d, and how many
             experts it is of. Maps side by side take in the same, but for experts.
         rank: largest k of a basis; None sets no limit.
+        free: most directions that are left; None sets no limit.
     """
     distinct = set()
     for name, d, count in inputs:
@@ -198,7 +201,7 @@ def bytes_of(inputs: Iterable[tuple[str, int, int]], rank: int | None = None) ->
         beside, _, last = place.rpartition(".")
         distinct.add((place if last.isdigit() or count > 1 else beside, d, count))
     each = [(d, count, min(FILLED * d, rank or d)) for _, d, count in distinct]
-    return int(sum(4 * d * min(k, d - k) * count for d, count, k in each))
+    return int(sum(4 * d * min(k, d - k, free or d) * count for d, count, k in each))
 
 
 def init_lora_null(

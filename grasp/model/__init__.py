@@ -10,6 +10,7 @@ from grasp.model.architecture import (
     lora_factors,
     lora_update,
 )
+from grasp.model.hollow import hollow
 from grasp.model.loading import (
     adapted,
     adapter_folder,
@@ -35,6 +36,7 @@ __all__ = [
     "base_name",
     "evaluating",
     "given",
+    "hollow",
     "inspect",
     "known_as",
     "load_adapter",

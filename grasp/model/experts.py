@@ -10,8 +10,9 @@ transformers routes to it (`use_experts_implementation`); what its last map take
 first makes of that. A router's weight is no linear map either: what it is multiplied with is heard.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +130,31 @@ def stacked(module: nn.Module) -> bool:
     if not (hasattr(module, "parameter_name") and hasattr(module, "lora_A")):
         return False
     return not is_linear(module.get_base_layer())
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether it holds the weights of many experts, and runs them in the usual way."""
+    return vars(module).keys() >= KNOWN and hasattr(module, LAST)
+
+
+class Stack(NamedTuple):
+    """A weight of many experts, in one parameter."""
+
+    name: str
+    count: int
+    d_out: int
+    d_in: int
+
+
+def stacks_of(model: nn.Module) -> Iterator[Stack]:
+    """Those of a model, with a LoRA on them or not."""
+    for name, module in model.named_modules():
+        if is_stack(module):
+            for key, W in module.named_parameters(recurse=False):
+                if W.ndim == 3:
+                    count, a, b = W.shape
+                    shape = (b, a) if module.is_transposed else (a, b)
+                    yield Stack(f"{name}.{key}", count, *shape)
 
 
 def wrapped(name: str, wrapper: nn.Module) -> list[Wrapped]:
