@@ -1,5 +1,6 @@
 # `make demo` runs the whole pipeline, `make test` the tests, `make doors` those inside other tools (some
-# 200 MB); each sets up this machine by itself.
+# 200 MB) and in an environment without grasp (with a torch of its own); each sets up this machine by
+# itself.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -34,7 +35,14 @@ $(DOORS)/%/.ready: tests/doors/%.txt $(VENV)/.ready
 	rm -f $(@D)/torchaudio/lib/*.so
 	touch $@
 
-doors: $(TOOLS:%=$(DOORS)/%/.ready)
+$(DOORS)/stock/.ready: constraints.txt
+	rm -rf $(@D)
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/pip install --quiet --disable-pip-version-check -c $< torch transformers peft
+	touch $@
+
+doors: $(TOOLS:%=$(DOORS)/%/.ready) $(DOORS)/stock/.ready
+	STOCK_PYTHON=$(DOORS)/stock/bin/python $(BIN)/python -m pytest tests/test_stock_peft.py
 	for tool in $(TOOLS); do \
 	  PYTHONPATH=$(DOORS)/$$tool:$(CURDIR) $(BIN)/python -m pytest tests/test_$$tool.py || exit 1; \
 	done

@@ -69,7 +69,7 @@ def test_five_lines(tmp_path):
     assert ending(tmp_path) == [
         "Learned: the loss was 2.41 at step 4, 1.02 at step 38.",
         "Elsewhere: on 192 prompts from other topics the model moved by 0.0031 nats a token (KL).",
-        "Guarantee: holds. No more than 3e-08 of any matrix's change lies in what was blocked.",
+        "Guarantee: holds. No more than 3.5e-08 of any matrix's change lies in what was blocked.",
         "Cost of the guard: 3% of 100 s of training, 74 s before it, 0.1 GB of memory.",
         f"Next: grasp evaluate --model tiny --adapter {adapter} --out {tmp_path}/scores.json",
     ]
@@ -108,6 +108,8 @@ def test_the_adapter_is_complete(tmp_path):
     base = next(line for line in front.splitlines() if line.startswith("base_model:"))
     assert "- grasp" in front and f"{len(rows)} rows of `rows.jsonl`" in text
     assert "Guarantee: holds." in text and "| `steps` | 3 |" in text and "Next:" not in text
+    assert "| `lora_alpha` | 32 |" in text and "| False |" not in text and "{" not in front
+    assert f"--model {base.removeprefix('base_model: ')} --reference FILE_OF_ITS" in text
     certificate = json.loads((adapter / "grasp.json").read_text())
     assert certificate == json.loads((adapter.parent / "grasp.json").read_text())
     assert certificate["versions"]["torch"] == torch.__version__
@@ -119,6 +121,16 @@ def test_the_adapter_is_complete(tmp_path):
     ids = torch.tensor([tokenizer(rows[0]["prompt"])["input_ids"]])
     before = told(ids).logits
     torch.testing.assert_close(told.merge_and_unload()(ids).logits, before, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(1.4265e-7, "1.5e-07"), (1e-6, "1e-06"), (0.0, "0"), (0.2546, "0.26"), (3.0001e-7, "3.1e-07")],
+)
+def test_no_more_than_is_never_less(value, said):
+    from grasp.guard.record import at_most
+
+    assert at_most(value) == said and float(said) >= value
 
 
 def test_a_packaged_model_is_known_by_its_name_on_the_hub():

@@ -53,13 +53,14 @@ def verify(
 
 def _said(found: dict[str, Any], model: str | None) -> list[str]:
     """What was checked against what, a line each, and how to check the rest."""
+    from grasp.guard.record import at_most
     from grasp.study.found_again import ELSEWHERE
     from grasp.study.verify import AGAIN, BESIDE, RUN
 
     against, other = found["against"], found["elsewhere"]
     said = [
-        f"{found['matrices']} matrices recomputed in fp64: at most {found['through']:.2g} of any "
-        f"change lies in what was blocked (the certificate says {_number(found['stated'])})."
+        f"{found['matrices']} matrices recomputed in fp64: at most {at_most(found['through'])} of "
+        f"any change lies in what was blocked (the certificate says {_number(found['stated'])})."
     ]
     if n := against[RUN]:
         said.append(f"  {n} by the bases that the run left.")
@@ -73,8 +74,8 @@ def _said(found: dict[str, Any], model: str | None) -> list[str]:
     if other:
         said.append(
             f"    Of {other} it is not the run's to the last digit (another machine, dtype, text "
-            f"or base). On the prompts they take in at most {found['energy']:.2g} of the energy "
-            f"of a change that knows nothing of them; up to {ELSEWHERE} holds."
+            f"or base). On the prompts they take in at most {at_most(found['energy'])} of the "
+            f"energy of a change that knows nothing of them; up to {ELSEWHERE} holds."
         )
     for what, whose in (("weights", "weights"), ("base", "base model's weights")):
         if found[what] is not None:

@@ -1,6 +1,7 @@
 """A certificate as it is written: first what a reader wants to know, module by module last."""
 
 from collections.abc import Mapping
+from decimal import ROUND_UP, Context
 from typing import Any
 
 from grasp.guard.evidence import about_text
@@ -59,13 +60,18 @@ def summary(found: Mapping[str, Any], modules: int) -> str:
         return "The guarantee does not hold: see through, finite, uncovered and modules."
     said = [
         f"The guarantee holds: of the change of each of {modules} matrices no more than "
-        f"{found['through']:.1g} got through."
+        f"{at_most(found['through'])} got through."
     ]
     if found.get("divergence") is not None:
         said.append(
             f"On the prompts the model moved by {found['divergence']:.3g} nats a token (KL)."
         )
     return " ".join(said)
+
+
+def at_most(value: float) -> str:
+    """A number in two digits, rounded up, so that it is no more than what is said."""
+    return f"{float(Context(prec=2, rounding=ROUND_UP).create_decimal_from_float(value)):.2g}"
 
 
 def settings(guard) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from grasp.files import read_json
+from grasp.guard.record import at_most
 from grasp.guard.trainer import CERTIFICATE
 
 ABOUT = "finetune.json"  # a run's settings, and whether it is done
@@ -41,8 +42,8 @@ def _guarded(found: dict) -> list[str]:
         )
     if found["holds"]:
         said.append(
-            f"Guarantee: holds. No more than {found['through']:.1g} of any matrix's change lies in "
-            "what was blocked."
+            f"Guarantee: holds. No more than {at_most(found['through'])} of any matrix's change "
+            "lies in what was blocked."
         )
     else:
         said.append("Guarantee: DOES NOT HOLD. The warning above and grasp.json say why.")

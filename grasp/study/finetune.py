@@ -166,7 +166,14 @@ def _run(
             for file in proof:
                 shutil.copy(file, out)
             callback.guard.save(out / GUARD)
-        page = card(settings, known_as(settings.model), steps, len(read.rows), came_to(out))
+        page = card(
+            settings,
+            known_as(settings.model),
+            steps,
+            len(read.rows),
+            came_to(out),
+            bool(tokenizer.chat_template),
+        )
         with progress.Stage("Saving the adapter"):
             save_adapter(tuned, adapter, tokenizer, page, [out / f.name for f in proof])
     write_json(out / ABOUT, {"done": True, **about})
