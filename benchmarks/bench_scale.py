@@ -61,13 +61,19 @@ def lora(model: torch.nn.Module, rank: int = RANK) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
+def takes_in(name: str) -> str:
+    """As `Matrix.takes_in` of Llama's and Qwen's names, where no token can be run."""
+    place = name.partition(".lora_A")[0]
+    return place if place.endswith("o_proj") else place.rpartition(".")[0]
+
+
 def counted(name: str) -> dict:
     """Of a model on the meta device: what is kept, and what a start does."""
     config = MODELS[name]
     with torch.device("meta"):
         model = lora(AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16))
     factors = lora_factors(model)
-    inputs = {(n.partition(".lora_A")[0].rpartition(".")[0], A.shape[1]) for n, A, _, _ in factors}
+    inputs = {(takes_in(n), A.shape[1]) for n, A, _, _ in factors}
     widest = max(d for _, d in inputs)
     tokens = PER_WIDTH * widest
     with FlopCounterMode(display=False) as flops, torch.no_grad():
@@ -75,7 +81,7 @@ def counted(name: str) -> dict:
         mask = torch.zeros(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bfloat16, device="meta")
         model(input_ids=ids, attention_mask=mask, use_cache=False)
     forward = flops.get_total_flops() / SEQUENCE * tokens
-    kept = [(n, A.shape[1], 1) for n, A, _, _ in factors]
+    kept = [(*i, 1) for i in inputs]
     A = sum(4 * A.numel() for _, A, _, _ in factors)
     per_input = {d: sum(1 for _, e in inputs if e == d) for _, d in inputs}
     return {

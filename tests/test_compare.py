@@ -213,6 +213,9 @@ def test_noise_is_no_success():
         assert all(r["share"] is None for r in compare(changed(runs(), "plain", drift=drift)))
     small = comparison("all", 0.02, plain_beyond_benign=[0.01, -0.02, 0.04])
     assert judged(runs(), small).kind == "nothing"
+    assert "can't be told apart" in judged(runs(), small).happened[1]
+    below = comparison("all", 0.02, plain_beyond_benign=[-0.01, -0.04, 0.02])
+    assert "can't be told apart" in judged(runs(), below).happened[1]
     # Too little of the task does not hide that there was nothing to prevent.
     assert judged(changed(runs(), "grasp", task_score=0.5), small).kind == "nothing"
     assert judged(runs(), comparison("all", 0.02)).kind == "untold"

@@ -172,9 +172,12 @@ def test_the_size_of_bases_is_foreseen():
     model = lora()
     with Guard(model, freeze_inputs=False, **OPTIONS | {"read": 0.8}) as guard:
         reading = [
-            (g.name, g.trained.size, 1) for g in guard.guarded if g.trained.holds == "inputs"
+            (g.trained.matrix.takes_in, g.trained.size, 1)
+            for g in guard.guarded
+            if g.trained.holds == "inputs"
         ]
         own = {g.basis.data_ptr(): g.basis.nbytes for g in guard.guarded if "lora_A" in g.name}
+    assert len(set(reading)) == len(own)
     assert 0.5 < frozen.bytes_of(reading) / sum(own.values()) < 2
 
 

@@ -167,7 +167,7 @@ def few_for(
         rank: largest k of a basis; None sets no limit.
     """
     fresh = all(_is_fresh(t, weights) and t.parameter.requires_grad for t in reading)
-    size = bytes_of([(t.name, t.size, 1) for t in reading], rank)
+    size = bytes_of([(t.matrix.takes_in, t.size, 1) for t in reading], rank)
     if freeze is not None or size <= LARGE or not fresh:
         return None
     warnings.warn(
@@ -190,17 +190,12 @@ def bytes_of(
     """How much bases of inputs will take, about: of what is blocked or what is left, the smaller.
 
     Args:
-        inputs: the name of each LoRA's A, as `block.0.attention.q.lora_A.default`, d, and how many
-            experts it is of. Maps side by side take in the same, but for experts.
+        inputs: of each matrix what tells its input from others' (`Matrix.takes_in`), d, and how
+            many experts it is of.
         rank: largest k of a basis; None sets no limit.
         free: most directions that are left; None sets no limit.
     """
-    distinct = set()
-    for name, d, count in inputs:
-        place = name.partition(".lora_A")[0]
-        beside, _, last = place.rpartition(".")
-        distinct.add((place if last.isdigit() or count > 1 else beside, d, count))
-    each = [(d, count, min(FILLED * d, rank or d)) for _, d, count in distinct]
+    each = [(d, count, min(FILLED * d, rank or d)) for _, d, count in set(inputs)]
     return int(sum(4 * d * min(k, d - k, free or d) * count for d, count, k in each))
 
 

@@ -40,6 +40,13 @@ class Matrix:
     """Of experts that share one parameter, which."""
 
     @property
+    def takes_in(self) -> str:
+        """What tells its input from others': maps side by side share theirs with no writer."""
+        beside, _, last = self.name.rpartition(".")
+        own = self.role == "writer" or self.index is not None or last.isdigit()
+        return self.name if own else beside
+
+    @property
     def base(self) -> nn.Module:
         return getattr(self.module, "base_layer", self.module)
 

@@ -63,7 +63,7 @@ def mapped(name: str) -> ModelMap:
     stacks = list(stacks_of(model))
     memory = _memory(model, matrices, stacks)
     # As the guard itself counts: `few_for`.
-    large = bytes_of([*_inputs(matrices, ""), *_of_experts(stacks)]) > LARGE
+    large = bytes_of([*_inputs(matrices), *_of_experts(stacks)]) > LARGE
     return ModelMap(
         name,
         len(found.blocks),
@@ -132,7 +132,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _memory(model: nn.Module, matrices: list[Matrix], stacks: list[Stack]) -> dict[str, int]:
-    inputs = [*_inputs(matrices, ".own"), *_of_experts(stacks)]
+    inputs = [*_inputs(matrices), *_of_experts(stacks)]
     shapes = [(m.out_features, m.in_features) for m in matrices]
     shapes += [(E * d_out, E * d_in) for _, E, d_out, d_in in stacks]
     return {
@@ -145,14 +145,9 @@ def _memory(model: nn.Module, matrices: list[Matrix], stacks: list[Stack]) -> di
     }
 
 
-def _inputs(matrices: list[Matrix], writers: str) -> list[tuple[str, int, int]]:
-    """As `bytes_of` takes them. A writer takes in something else than what stands beside it.
-
-    Args:
-        writers: what tells their inputs apart.
-    """
-    names = [m.name + (writers if m.role == "writer" else "") for m in matrices]
-    return [(f"{n}.lora_A", m.in_features, 1) for n, m in zip(names, matrices, strict=True)]
+def _inputs(matrices: list[Matrix]) -> list[tuple[str, int, int]]:
+    """As `bytes_of` takes them."""
+    return [(m.takes_in, m.in_features, 1) for m in matrices]
 
 
 def _of_experts(stacks: list[Stack]) -> list[tuple[str, int, int]]:

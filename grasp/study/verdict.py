@@ -189,7 +189,7 @@ def _happened(found: Found, guard: dict, unit: str) -> list[str]:
     if found.kind == "nothing":
         said.append(
             "That is away from bad answers: no guard was needed."
-            if found.plain[0] < 0
+            if found.plain[2] < 0
             else "That can't be told apart from no shift at all: no guard was needed."
         )
     nil = found.over and found.guard[1] <= 0 <= found.guard[2]
