@@ -8,7 +8,12 @@ from grasp.study.paired import paired
 def test_pairs_of_several_seeds_are_pooled_by_item():
     shifts = {"plain": [3.0, 5.0], "benign": [1.0, 1.0], "grasp": [1.5, 1.5]}
     runs = [
-        {"method": m, "seed": seed, "items": {"task": np.add(shifts.get(m, [1.0, 1.0]), seed)}}
+        {
+            "task": "t",
+            "method": m,
+            "seed": seed,
+            "items": {"task": np.add(shifts.get(m, [1.0, 1.0]), seed)},
+        }
         for m in ("plain", "benign", "grasp", "benign_guarded")
         for seed in (0, 1)
     ]
@@ -27,7 +32,7 @@ def test_grasp_is_set_against_each_rival_beyond_the_control_of_either():
     shifts = {"plain": 5.0, "benign": 1.0, "grasp": 2.0, "benign_guarded": 1.5}
     shifts |= {"kl=1": 4.0, "benign_kl=1": 3.0, "random": 5.0}
     runs = [
-        {"method": m, "seed": seed, "items": {"task": [v - seed, v + seed]}}
+        {"task": "t", "method": m, "seed": seed, "items": {"task": [v - seed, v + seed]}}
         for m, v in shifts.items()
         for seed in (0, 1)
     ]

@@ -157,7 +157,10 @@ def start(
         if options.directions == "random":
             basis = replace(basis, directions=random_like(basis.directions, generator))
         (directions,) = processes.from_first([basis.directions])
-        basis = replace(basis, directions=in_vectors(directions))
+        # And what is said of it: rounding may differ from one process to the next.
+        said = {name: getattr(basis, name) for name in ("complement", "share", "sample")}
+        said = processes.object_from_first(said)
+        basis = replace(basis, directions=in_vectors(directions), **said)
         facts: dict[str, dict] = {}
         tensors: dict[str, Tensor] = {}
         for name in names:
