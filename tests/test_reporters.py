@@ -84,6 +84,7 @@ def test_wandb_holds_what_the_history_holds(tmp_path, monkeypatch):
         expected = history(trained(tmp_path / "out", "wandb"))
     finally:
         wandb.finish()
+        wandb.teardown()  # ends the process that writes the file, so that all of it is there
     (file,) = tmp_path.rglob("run-*.wandb")
     lines = written_by_wandb(file)
     for name, values in expected.items():
