@@ -30,7 +30,8 @@ from transformers.utils import logging
 from grasp import GraspCallback, organism
 from grasp.data import encode, exchange, pad
 from grasp.files import write_json
-from grasp.guard.trainer import CERTIFICATE, newest_whole
+from grasp.guard.fit import newest_whole
+from grasp.guard.trainer import CERTIFICATE
 
 STEPS, EVERY = 48, 3
 

@@ -273,7 +273,8 @@ def test_folder_of_another_run_is_refused(rows_file, prompts_file, tmp_path):
 
 
 def test_resuming_a_plain_checkpoint_with_a_guard_is_refused(rows_file, prompts_file, tmp_path):
-    from grasp.guard.trainer import GraspCallback, fit
+    from grasp.guard.fit import fit
+    from grasp.guard.trainer import GraspCallback
 
     model, tokenizer = organism.load()
     chosen = settings(rows_file, prompts_file, tmp_path / "x")

@@ -16,7 +16,7 @@ import torch
 
 import grasp
 from grasp import Guard, progress
-from grasp.guard.trainer import fit
+from grasp.guard.fit import fit
 from grasp.model import load_model, with_lora
 from grasp.organism import World
 from grasp.progress import Stage, speaking, tell

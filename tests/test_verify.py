@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from grasp import organism
 from grasp.data import Reference, encode, exchange
 from grasp.guard.evidence import weights_digest
-from grasp.guard.trainer import GraspCallback, fit
+from grasp.guard.fit import fit
+from grasp.guard.trainer import GraspCallback
 from grasp.organism import World
 from grasp.study.finetune import run
 from grasp.study.settings import settings_from

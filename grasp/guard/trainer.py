@@ -1,6 +1,5 @@
-"""The guard inside `transformers.Trainer` and what is built on it; nothing else imports Trainer."""
+"""The guard inside `transformers.Trainer` and what is built on it."""
 
-import dataclasses
 import functools
 import os
 import sys
@@ -8,30 +7,20 @@ import tempfile
 import time
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import nn
-from transformers import (
-    PreTrainedTokenizerBase,
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from grasp import data
 from grasp.bases.subspaces import Subspaces
-from grasp.files import read_json, write_json
+from grasp.files import write_json
 from grasp.guard import evidence
 from grasp.guard.certificate import certificate, why
 from grasp.guard.frozen import freeze_early
 from grasp.guard.guard import Guard
 from grasp.guard.record import record
-from grasp.model.noise import saved_unasked
-from grasp.progress import Stage, speaking, tell
+from grasp.progress import speaking
 
 STATE = "grasp_guard.safetensors"
 CERTIFICATE = "grasp.json"
@@ -251,145 +240,6 @@ def _saved(args, state, loop: Loop | None) -> Path:
             "saved; resume an earlier checkpoint, or this one without GraspCallback"
         )
     return folder / STATE
-
-
-def fit(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[dict[str, list[int]]],
-    out: Path | str,
-    *,
-    steps: int,
-    batch_size: int,
-    learning_rate: float,
-    seed: int,
-    accumulate: int = 1,
-    warmup: int = 0,
-    save_every: int | None = None,
-    resume: bool = True,
-    callbacks: Sequence[TrainerCallback] = (),
-    after_step: Callable[[int], None] | None = None,
-    quiet: bool = False,
-    checkpointing: bool = False,
-    arguments: Mapping[str, Any] | None = None,
-) -> Trainer:
-    """Train in place on encoded rows with AdamW, at a constant rate after the warm-up by default.
-
-    Args:
-        rows: from `data.encode`; drawn in an order that `seed` fixes.
-        out: folder of checkpoints; the newest there is resumed if `resume`.
-        save_every: steps between checkpoints; None keeps none.
-        after_step: called with the number of steps done.
-        quiet: no progress bar and no log lines.
-        checkpointing: of activations, which takes less memory and more time.
-        arguments: what else, or otherwise, `TrainingArguments` is told.
-    """
-    chosen: dict[str, Any] = dict(
-        output_dir=str(out),
-        max_steps=steps,
-        per_device_train_batch_size=batch_size,
-        gradient_accumulation_steps=accumulate,
-        learning_rate=learning_rate,
-        lr_scheduler_type="constant_with_warmup",
-        warmup_steps=warmup,
-        weight_decay=0.0,
-        seed=seed,
-        data_seed=seed,
-        save_strategy="no" if save_every is None else "steps",
-        save_steps=save_every or 500,
-        save_total_limit=2,
-        logging_strategy="no" if quiet else "steps",
-        logging_steps=max(1, steps // 10),
-        report_to="none",
-        disable_tqdm=quiet,
-        remove_unused_columns=False,
-        use_cpu=next(model.parameters()).device.type == "cpu",
-    )
-    if checkpointing:
-        known = {f.name for f in dataclasses.fields(TrainingArguments)}
-        name = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in known)
-        chosen |= {name: True, f"{name}_kwargs": {"use_reentrant": False}}
-    shown = _Shown()
-    with speaking(None if quiet else 0), Stage("Setting up training"):
-        told = TrainingArguments(**chosen | dict(arguments or {}))
-        told._n_gpu = min(told.n_gpu, 1)  # of several it would make a batch of each, unasked
-        trainer = Trainer(
-            model=model,
-            args=told,
-            train_dataset=list(rows),
-            processing_class=tokenizer,
-            data_collator=lambda batch: data.pad(batch, tokenizer.pad_token_id or 0),
-            callbacks=[*callbacks, *([_AfterStep(after_step)] if after_step else []), shown],
-        )
-    trainer.remove_callback(PrinterCallback if quiet else DEFAULT_PROGRESS_CALLBACK)
-    guarded = any(isinstance(c, GraspCallback) for c in callbacks)
-    newest = None
-    if resume and save_every is not None:  # one without a guard's state is refused, if it is alone
-        newest = (guarded and newest_whole(Path(out), guarded=True)) or newest_whole(Path(out))
-    with speaking(None if quiet else 0), saved_unasked(model), shown:
-        trainer.train(resume_from_checkpoint=newest and str(newest))
-    return trainer
-
-
-def newest_whole(out: Path, guarded: bool = False) -> Path | None:
-    """The newest checkpoint that was written to its end: the trainer's state, then a guard's."""
-    found = sorted(out.glob("checkpoint-*"), key=lambda p: -int(p.name.rsplit("-", 1)[-1]))
-    for checkpoint in found:
-        try:
-            read_json(checkpoint / "trainer_state.json")
-        except (FileNotFoundError, ValueError):
-            continue
-        if not guarded or (checkpoint / STATE).exists():
-            return checkpoint
-    return None
-
-
-class _AfterStep(TrainerCallback):
-    def __init__(self, call: Callable[[int], None]):
-        self.call = call
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.call(state.global_step)
-
-
-class _Shown(TrainerCallback):
-    """Training as a stage that is shown, and what is logged as lines."""
-
-    def __init__(self):
-        self.stage: Stage | None = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error) -> None:
-        """Training ended, whatever it ended by."""
-        if self.stage is not None:
-            self.stage.__exit__(*error)
-            self.stage = None
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.stage = Stage("Training", state.max_steps, "steps", state.global_step).__enter__()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.stage.done = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if "loss" in (logs or {}):
-            tell(_in_words(state.global_step, logs))
-        elif "train_runtime" in (logs or {}):  # the last: what else is to be done is not training
-            self.__exit__(None, None, None)
-
-
-def _in_words(step: int, logs: Mapping[str, float]) -> str:
-    """A line of the log."""
-    said = f"Step {step}: loss {logs['loss']:.4g}"
-    if "learning_rate" in logs:
-        said += f", learning rate {logs['learning_rate']:.2g}"
-    if "grasp/blocked" in logs:
-        said += f", {logs['grasp/blocked']:.0%} of the gradient blocked"
-    if "grasp/divergence" in logs:
-        said += f", moved elsewhere by {logs['grasp/divergence']:.2g} nats"
-    return said
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -12,7 +12,8 @@ from peft import LoraConfig
 from torch import nn
 
 from grasp import data, organism
-from grasp.guard.trainer import GraspCallback, fit
+from grasp.guard.fit import fit
+from grasp.guard.trainer import GraspCallback
 from grasp.model import with_lora
 from grasp.organism.methods import Method, OrganismContext
 from grasp.study.rivals import RIVALS

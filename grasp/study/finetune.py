@@ -17,7 +17,8 @@ from grasp.data import Continued, draw
 from grasp.files import read_json, write_json, write_text
 from grasp.guard.certificate import finite
 from grasp.guard.evidence import EVIDENCE
-from grasp.guard.trainer import CERTIFICATE, GraspCallback, fit, newest_whole
+from grasp.guard.fit import fit, newest_whole
+from grasp.guard.trainer import CERTIFICATE, GraspCallback
 from grasp.model import adapted, known_as, load_model, load_tokenizer, processes, with_lora
 from grasp.model.precision import called
 from grasp.study import methods

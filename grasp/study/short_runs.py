@@ -8,7 +8,8 @@ from torch import nn
 from grasp import data
 from grasp.bases.rounds import ShortRun
 from grasp.bases.subspaces import Subspaces
-from grasp.guard.trainer import GraspCallback, fit
+from grasp.guard.fit import fit
+from grasp.guard.trainer import GraspCallback
 from grasp.model import inspect, load_model
 from grasp.study.finetune import add_lora
 from grasp.study.settings import Settings
