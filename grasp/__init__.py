@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from grasp.versions import installed
+from grasp.versions import installed, lacking
 
 if TYPE_CHECKING:
     from grasp.bases.discover import discover
@@ -47,7 +47,16 @@ def __dir__() -> list[str]:
 
 def __getattr__(name: str):
     if name in PLACES:
-        return getattr(import_module(PLACES[name]), name)
+        try:
+            return getattr(import_module(PLACES[name]), name)
+        except ModuleNotFoundError as error:
+            if lacks := lacking():
+                raise ModuleNotFoundError(
+                    f"grasp.{name} needs {', '.join(lacks)}, which are missing: "
+                    "pip install 'grasp-kernels[hf]'",
+                    name=error.name,
+                ) from error
+            raise
     if name == "__version__":
         return installed("grasp-kernels")
     raise AttributeError(f"module 'grasp' has no attribute {name!r}")

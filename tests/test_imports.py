@@ -21,7 +21,7 @@ FLOORS = (
     "cli",
 )
 ALONE = {"json", "os", "tempfile", "pathlib", "typing", "importlib", "collections"}
-ALONE |= {"contextlib", "contextvars", "shutil", "sys", "threading", "time", "tqdm"}
+ALONE |= {"re", "contextlib", "contextvars", "shutil", "sys", "threading", "time", "tqdm"}
 
 
 def imported(file: Path) -> set[str]:

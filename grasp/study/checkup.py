@@ -10,7 +10,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, requires
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ import torch
 from grasp.bases import cache
 from grasp.model.precision import device_of
 from grasp.study.model_map import ModelMap
-from grasp.versions import installed
+from grasp.versions import installed, wanted
 from grasp_kernels import dispatch, native
 
 NEWEST_TRIED = "2.13"  # torch
@@ -48,16 +47,6 @@ def checkup(found: ModelMap | None = None) -> list[Finding]:
     """
     checks = (_packages(), _accelerator(), _kernels(), _kept(), _leftovers(), _room(found))
     return sorted((f for check in checks for f in check), key=lambda f: f.note)
-
-
-def wanted(extra: str = "hf") -> dict[str, str]:
-    """The packages that an extra and grasp itself ask for, each with its oldest version."""
-    try:
-        lines = requires("grasp-kernels") or []
-    except PackageNotFoundError:
-        return {}
-    named = [re.match(r"([\w.-]+)>=([\w.]+)(?:;.*extra == \"(\w+)\")?", line) for line in lines]
-    return {m[1]: m[2] for m in named if m and m[3] in (None, extra)}
 
 
 def _packages() -> Iterator[Finding]:

@@ -18,7 +18,7 @@ RIVALS = _found()
 
 
 def listed() -> str:
-    """A line of Markdown for each, as README has them."""
+    """A line of Markdown for each, as the documentation has them."""
     lines = []
     for r in RIVALS.values():
         strength = f"{r.strength:g}: {r.meaning}" if r.strength is not None else ""

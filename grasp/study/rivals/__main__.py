@@ -1,4 +1,4 @@
-"""`python -m grasp.study.rivals` prints README's table."""
+"""`python -m grasp.study.rivals` prints the documentation's table."""
 
 from grasp.study.rivals import listed
 
