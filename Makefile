@@ -1,6 +1,6 @@
-# `make demo` runs the whole pipeline, `make test` the tests, `make doors` those inside other tools (some
-# 200 MB) and in an environment without grasp (with a torch of its own); each sets up this machine by
-# itself.
+# `make demo` runs the whole pipeline, `make test` the tests, `make docs` makes the documentation's site
+# in build/site, `make doors` runs the tests inside other tools (some 200 MB) and in an environment
+# without grasp (with a torch of its own); each sets up this machine by itself.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ TOOLS := axolotl llama_factory unsloth
 export DS_BUILD_OPS := 0
 export DS_ACCELERATOR := cpu
 
-.PHONY: demo test doors lint clean
+.PHONY: demo test docs doors lint clean
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -46,6 +46,14 @@ doors: $(TOOLS:%=$(DOORS)/%/.ready) $(DOORS)/stock/.ready
 	for tool in $(TOOLS); do \
 	  PYTHONPATH=$(DOORS)/$$tool:$(CURDIR) $(BIN)/python -m pytest tests/test_$$tool.py || exit 1; \
 	done
+
+$(VENV)/.docs: $(VENV)/.ready
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/.docs
+	$(BIN)/python docs/tables.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --site-dir build/site
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from grasp.organism import World
-from grasp.study.rivals import RIVALS, listed
+from grasp.study.rivals import RIVALS
 
 ROOT = Path(__file__).parent.parent
 MADE_UP = """
@@ -108,7 +108,3 @@ def test_every_rival_says_all_that_is_asked():
         assert (rival.strength is None) == (not rival.meaning), rival.name
     colours = [r.colour for r in RIVALS.values()]
     assert len(set(colours)) == len(colours)
-
-
-def test_readme_lists_them():
-    assert listed() in (ROOT / "README.md").read_text()

@@ -164,6 +164,16 @@ def awq(tmp_path):
 
 
 KINDS = [stand_in, nf4, int8, quanto, torchao, torchao4, hqq, gptq, awq]
+ABOUT = {  # what the documentation lists
+    nf4: ("bitsandbytes", "4 bits (nf4, doubly quantised); QLoRA"),
+    int8: ("bitsandbytes", "8 bits"),
+    gptq: ("GPTQ", "4 bits, its PyTorch backend"),
+    awq: ("AWQ", "4 bits, its PyTorch backend"),
+    hqq: ("HQQ", "4 bits"),
+    quanto: ("quanto", "4 bits"),
+    torchao: ("torchao", "8 bits, by `Trainer` too"),
+    torchao4: ("torchao", "4 bits, in a loop of your own: `Trainer` refuses it"),
+}
 
 
 def gradients(model) -> list[torch.Tensor]:

@@ -1,4 +1,8 @@
-"""TRL's SFTTrainer, guarded: python examples/trl/sft.py --model Qwen/Qwen2.5-0.5B-Instruct"""
+"""TRL's SFTTrainer, guarded, watched in TensorBoard:
+
+python examples/trl/sft.py --model Qwen/Qwen2.5-0.5B-Instruct
+tensorboard --logdir runs/trl-sft
+"""
 
 import argparse
 from pathlib import Path
@@ -27,6 +31,7 @@ def main(arguments: list[str] | None = None) -> SFTTrainer:
             max_steps=args.steps,
             learning_rate=2e-4,
             logging_steps=10,
+            report_to="tensorboard",  # pip install tensorboard
             bf16=torch.cuda.is_available(),
             model_init_kwargs={"dtype": "float32"},
         ),
