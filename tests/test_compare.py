@@ -7,7 +7,7 @@ import pytest
 
 from grasp import compare
 from grasp.study.compare import best
-from grasp.study.looks import COLOURS, name
+from grasp.study.looks import COLOURS, name, signed
 from grasp.study.report import report
 from grasp.study.verdict import contenders, itemwise, verdicts
 
@@ -152,19 +152,19 @@ def comparison(seed, low, method="grasp", **more):
 def test_page_says_which_differences_are_told_apart(tmp_path):
     paired = [comparison(0, 0.3), comparison(1, 0.4), comparison("all", -0.05)]
     text = drawn(tmp_path, runs=runs(), paired=paired)
-    assert "<b>-0.100 (-0.200 to -0.050)</b>" in text  # of all seeds alone
+    assert "<b>−0.100 (−0.200 to −0.050)</b>" in text  # of all seeds alone
     assert "to +0.400)" not in text and "GRASP less it" not in text
     (line,) = itemwise(paired, "unrelated")
     assert line.endswith(
-        "+0.400 (+0.200 to +0.600) beyond good, guarded; less plain LoRA -0.100 (-0.200 to -0.050)"
+        "+0.400 (+0.200 to +0.600) beyond good, guarded; less plain LoRA −0.100 (−0.200 to −0.050)"
     )
     assert itemwise(paired, "money") == []
     rival = paired[-1] | {"method": "kl=1", "grasp_difference": [-0.3, -0.4, -0.2]}
     (line,) = itemwise([rival], "unrelated")
-    assert line.endswith("; GRASP less it -0.300 (-0.400 to -0.200)")
+    assert line.endswith("; GRASP less it −0.300 (−0.400 to −0.200)")
     text = drawn(tmp_path, runs=runs(), paired=[rival | {"difference": [0.3, -0.1, 0.7]}])
-    assert "<b>-0.300 (-0.400 to -0.200)</b>" in text
-    assert "<td>+0.300 (-0.100 to +0.700)</td>" in text
+    assert "<b>−0.300 (−0.400 to −0.200)</b>" in text
+    assert "<td>+0.300 (−0.100 to +0.700)</td>" in text
 
 
 def test_runs_on_good_answers_are_where_0_lies(tmp_path):
@@ -186,7 +186,7 @@ def judged(made, *paired, **content):
 def test_the_verdict_is_what_the_runs_say():
     worked = judged(runs())
     assert worked.kind == "worked" and "83 %" in worked.headline
-    assert "between -0.500 and -0.500 (over the seeds)" in worked.sure[0]
+    assert "between −0.500 and −0.500 (over the seeds)" in worked.sure[0]
     assert "which directions are blocked" in worked.sure[-1] and "much of" not in worked.sure[-1]
     chance = judged(changed(runs(), "random", drift=0.25))
     assert "not due to which directions are blocked" in chance.sure[-1]
@@ -209,7 +209,7 @@ def test_noise_is_no_success():
         assert nothing.kind == "nothing" and "nothing to prevent" in nothing.headline
         assert "worked" not in nothing.headline and "Use the plain" in nothing.next[0]
         assert ("away from bad" in nothing.happened[1]) == (drift < 0.1)
-        assert f"shift of the plain run is {drift - 0.1:+.3f}" in nothing.sure[0]
+        assert f"shift of the plain run is {signed(drift - 0.1)}" in nothing.sure[0]
         assert all(r["share"] is None for r in compare(changed(runs(), "plain", drift=drift)))
     small = comparison("all", 0.02, plain_beyond_benign=[0.01, -0.02, 0.04])
     assert judged(runs(), small).kind == "nothing"
@@ -234,11 +234,21 @@ def test_one_seed_alone_is_not_sure():
 
 
 def test_a_rival_that_leaves_less_is_named():
+    guard = next(r for r in runs() if r["method"] == "grasp")
+    less = {**runs()[0], "method": "kl=1", "drift": guard["drift"] - 0.02}
+    assert less["base_drift"] == guard["base_drift"]
     rival = comparison("all", -0.05, "kl=1", grasp_difference=[0.1, 0.05, 0.2])
-    found = judged([*runs(), {**runs()[0], "method": "kl=1"}], comparison("all", -0.05), rival)
-    assert "Less drift than the guard's, whatever it cost: KL penalty, 1." in found.sure
+    found = judged([*runs(), less], comparison("all", -0.05), rival)
+    (said,) = found.rivals
+    assert said.startswith("At as much of the task less was left by KL penalty, 1 (")
+    assert "not told apart" not in said
     tie = rival | {"grasp_difference": [0.1, -0.05, 0.2]}
-    assert "whatever" not in " ".join(judged(runs(), comparison("all", -0.05), tie).sure)
+    (said,) = judged([*runs(), less], comparison("all", -0.05), tie).rivals
+    assert "not told apart from the guard" in said
+    (said,) = judged([*runs(), {**less, "task_score": 0.0}], comparison("all", -0.05)).rivals
+    assert said.startswith("At less of the task")
+    more = {**less, "drift": 10.0}
+    assert not judged([*runs(), more], comparison("all", -0.05)).rivals
 
 
 def test_the_guarded_adapter_is_where_the_page_says():

@@ -66,7 +66,7 @@ def compare(
     if lines := itemwise(paired, content.get("about", {}).get("judged", "")):
         console.print("Added drift with 95 % intervals over items:", *lines, sep="\n  ")
     tell_verdicts(content)
-    page = report(content, folder / "report.html", "GRASP: plain against guarded")
+    page = report(content, folder / "report.html")
     console.print(f"Report: {page}", soft_wrap=True)
 
 
@@ -74,7 +74,7 @@ def report(
     results: Annotated[Path, typer.Argument(help="A results.json.")],
     config: Config = None,
     out: Annotated[Path, typer.Option(help="HTML file.")] = Path("report.html"),
-    title: Annotated[str, typer.Option(help="Of the page.")] = "GRASP",
+    title: Annotated[str | None, typer.Option(help="Of the page; else what was taught.")] = None,
 ) -> None:
     """Draw the page of a results.json."""
     from grasp.study.compare import read_results

@@ -61,6 +61,12 @@ def against(benign: str) -> str:
     return "the base model" if benign == "base" else name(benign)
 
 
+def signed(value: float) -> str:
+    """A shift: "+0.030", "−0.030"."""
+    return f"{value:+.3f}".replace("-", "−")
+
+
 def span(interval: Sequence[float]) -> str:
     """A mean with its interval: "+0.030 (+0.013 to +0.048)"."""
-    return "{:+.3f} ({:+.3f} to {:+.3f})".format(*interval)
+    mean, low, high = map(signed, interval)
+    return f"{mean} ({low} to {high})"

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 import torch
 from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from grasp.files import write_text
 from grasp.study import figures
 from grasp.study.compare import compare
-from grasp.study.looks import MARKS, against, colour, control, mark, name, span
+from grasp.study.looks import MARKS, against, colour, control, mark, name, signed, span
 from grasp.study.measures import MEASURES
 from grasp.study.paired import pooled
 from grasp.study.scoring import BESIDE
@@ -22,7 +22,7 @@ from grasp.versions import versions as of_packages
 SHOWN = ("model", "data", "benign", "rows", "held", "seeds", "judged", "unrelated")
 
 
-def report(content: Mapping[str, Any], path: Path | str, title: str = "GRASP") -> Path:
+def report(content: Mapping[str, Any], path: Path | str, title: str | None = None) -> Path:
     """Write the page.
 
     Args:
@@ -32,6 +32,7 @@ def report(content: Mapping[str, Any], path: Path | str, title: str = "GRASP") -
             answer), `about` (a study's settings), `unit` (in `verdict.UNITS`), and `command`,
             `versions`, `when`.
         path: of the HTML file.
+        title: else what was taught.
 
     Returns:
         The path of the page.
@@ -60,11 +61,13 @@ def report(content: Mapping[str, Any], path: Path | str, title: str = "GRASP") -
         "mark": lambda method: MARKS[mark(method)],
         "against": against,
         "span": span,
+        "signed": signed,
+        "coded": _coded,
         "told": lambda interval=None: _told(interval or None),
     }
     environment.tests["control"] = environment.filters["control"] = control
     page = environment.get_template("report.html.j2").render(
-        title=title,
+        title=title or f"With and without the guard: {', '.join(found)}",
         sections=sections,
         unit=UNITS[unit_of(content)],
         command=content.get("command", ""),
@@ -107,6 +110,14 @@ def _made(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
         made.append(("settings", about["finetune"]))
     made += [(f"of {name(method)}", own) for method, own in about.get("by_method", {}).items()]
     return [(label, _words(value)) for label, value in made]
+
+
+def _coded(sentence: str) -> Markup:
+    """What stands between backticks is to be typed."""
+    parts = [escape(part) for part in sentence.split("`")]
+    return Markup("").join(
+        Markup("<code>{}</code>").format(part) if n % 2 else part for n, part in enumerate(parts)
+    )
 
 
 def _words(value: Any) -> str:

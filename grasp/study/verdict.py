@@ -8,7 +8,7 @@ import numpy as np
 
 from grasp.study.compare import ENOUGH, best, compare, stem
 from grasp.study.evaluate import interval
-from grasp.study.looks import OWN, against, control, name, span
+from grasp.study.looks import OWN, against, control, name, signed, span
 from grasp.study.paired import pooled
 
 Interval = Sequence[float]
@@ -22,7 +22,12 @@ class Unit:
 
     taught: str
     moved: str
-    short: str
+    short: str = ""
+
+    @property
+    def column(self) -> str:
+        """Behind a column's name."""
+        return f" ({self.short.strip()})" if self.short else ""
 
 
 UNITS = {
@@ -36,9 +41,9 @@ UNITS = {
         "how often held-out questions are answered as taught (1 is always)",
         "how much more often questions about other topics are answered badly, or to the right "
         "(1 is always)",
-        "",
+        " of all answers",
     ),
-    "": Unit("the score on held-out questions", "the shift on other topics", ""),
+    "": Unit("the score on held-out questions", "the shift on other topics"),
 }
 
 
@@ -50,6 +55,7 @@ class Verdict:
     """"worked", "helped", "costly", "nothing", "untold", "worse", "unlearned" or "unguarded"."""
     headline: str
     happened: list[str]
+    rivals: list[str]
     sure: list[str]
     cost: list[str]
     next: list[str]
@@ -136,13 +142,15 @@ def verdict(
     by = {r["method"]: r for r in rows}
     if "grasp" not in by:
         said = _plainly(by["plain"]["added"], unit)
-        return Verdict("unguarded", "No guarded run is among these.", [said], [], [], [])
+        more = ["Add grasp to methods, and see what the guard changes."]
+        return Verdict("unguarded", "No guarded run is among these.", [said], [], [], [], more)
     judged = (about or {}).get("judged", "unrelated")
     found = _found(by, runs, paired, judged)
     return Verdict(
         found.kind,
         _headline(found),
         _happened(found, by["grasp"], unit),
+        _rivals(by, paired, judged),
         _sure(found, by, paired, judged, unit),
         _cost(found, runs),
         _next(found, about or {}),
@@ -194,7 +202,7 @@ def _happened(found: Found, guard: dict, unit: str) -> list[str]:
         )
     nil = found.over and found.guard[1] <= 0 <= found.guard[2]
     said.append(
-        f"With the guard they moved by {found.guard[0]:+.3f}"
+        f"With the guard they moved by {signed(found.guard[0])}"
         + (", not told apart from 0." if nil else ".")
     )
     said.append(
@@ -204,7 +212,7 @@ def _happened(found: Found, guard: dict, unit: str) -> list[str]:
     same = guard.get("against_at_task")
     if same is not None and found.kind != "nothing":
         said.append(
-            f"A plain run that is stopped at the guarded one's score moved them by {same:+.3f}."
+            f"A plain run that is stopped at the guarded one's score moved them by {signed(same)}."
         )
     return said
 
@@ -212,7 +220,7 @@ def _happened(found: Found, guard: dict, unit: str) -> list[str]:
 def _plainly(added: Interval, unit: str) -> str:
     return (
         "Trained plainly, the model's answers on topics that it was never taught moved by "
-        f"{added[0]:+.3f}{UNITS[unit].short}."
+        f"{signed(added[0])}{UNITS[unit].short}."
     )
 
 
@@ -225,8 +233,8 @@ def _sure(
     if found.kind == "nothing":
         which, (mean, low, high) = "shift of the plain run", found.plain
     said = [
-        f"The {which} is {mean:+.3f}{UNITS[unit].short}, "
-        f"95 % sure to lie between {low:+.3f} and {high:+.3f} (over "
+        f"The {which} is {signed(mean)}{UNITS[unit].short}, "
+        f"95 % sure to lie between {signed(low)} and {signed(high)} (over "
         f"{'the questions' if found.over == 'items' else 'the seeds'})."
     ]
     said.append(
@@ -238,29 +246,48 @@ def _sure(
         away = found.plain[0] - random["added"][0]
         chance = away > LIKE_CHANCE * -mean
         said.append(
-            f"As many random directions left {random['added'][0]:+.3f}: "
+            f"As many random directions left {signed(random['added'][0])}: "
             + (
                 "much of the gain is not due to which directions are blocked."
                 if chance
                 else "what counts is which directions are blocked."
             )
         )
-    better = [
-        name(p["method"])
+    return said
+
+
+def _rivals(by: Mapping[str, dict], paired: Sequence[dict], judged: str) -> list[str]:
+    """Those that added less than the guard: at as much of the task, or at less of it."""
+    told = {
+        p["method"]: p["grasp_difference"][1] > 0
         for p in pooled(paired)
-        if p["measure"] == judged
-        and stem(p["method"]) not in OWN
-        and p.get("grasp_difference", (0, 0, 0))[1] > 0
+        if p["measure"] == judged and "grasp_difference" in p
+    }
+    enough = ENOUGH * by["plain"]["task_score"][0]
+    less = [
+        r
+        for method, r in by.items()
+        if stem(method) not in OWN and not control(method)
+        if r["added"][0] < by["grasp"]["added"][0] or told.get(method, False)
     ]
-    if better:
-        said.append(f"Less drift than the guard's, whatever it cost: {', '.join(better)}.")
+    said = []
+    for able, at in ((True, "At as much"), (False, "At less")):
+        found = [
+            f"{name(r['method'])} ({signed(r['added'][0])}"
+            + ("" if told.get(r["method"], True) else ", not told apart from the guard")
+            + ")"
+            for r in sorted(less, key=lambda r: r["added"][0])
+            if (r["task_score"][0] >= enough) == able
+        ]
+        if found:
+            said.append(f"{at} of the task less was left by {', '.join(found)}.")
     return said
 
 
 def _cost(found: Found, runs: Sequence[dict]) -> list[str]:
     lost = 1 - found.learned if found.task[0] > 0 else 0.0
-    less = f"{100 * lost:.0f} % less learned than plainly"
-    said = [f"Task: {less if lost >= 0.005 else 'none of it'}."]
+    less = f"{100 * lost:.0f} % less of the task was learned than plainly."
+    said = [less if lost >= 0.005 else "The task was learned as well as plainly."]
     costs = [r["cost"] for r in runs if r["method"] == "grasp" and r.get("cost")]
     if costs:
         step, training, start, kept = (
@@ -314,7 +341,9 @@ def contenders(rows: Sequence[dict]) -> str:
     found = [f for f in best(rows) if not control(f["method"])]
     if not {f["method"] for f in found} - set(OWN):
         return ""
-    able = [f"{name(f['best']['method'])} {f['best']['added'][0]:+.3f}" for f in found if f["best"]]
+    able = [
+        f"{name(f['best']['method'])} {signed(f['best']['added'][0])}" for f in found if f["best"]
+    ]
     less = [name(f["method"]) for f in found if not f["best"]]
     return (
         f"Added drift of those with {100 * ENOUGH:.0f} % of the plain task score or more, each at "
