@@ -29,8 +29,10 @@ if int(setuptools.__version__.split(".")[0]) < 77:  # pip asks for it with isola
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.egg_info import egg_info
 
 ARCHITECTURES = ("90a", "100", "120")  # clusters begin with 9.0
+HOME = "https://github.com/grasp-kernels/grasp-kernels"
 CSRC = Path("csrc")  # from here, and not from /: what a compiler writes down names no machine
 
 
@@ -60,6 +62,7 @@ def extensions() -> list[Extension]:
     if wanted == "0":
         return []
     needs = {
+        "no Linux: it is built for that alone": sys.platform == "linux" or None,
         "no nvcc: install the CUDA toolkit or set CUDA_HOME": nvcc(),
         "no ninja: pip install ninja": ninja(),
         "no torch >= 2.11 to import: install it and use --no-build-isolation": torch(),
@@ -100,10 +103,12 @@ def ninja_file(objects: Path, library: Path) -> str:
     # Kept, and so by names that are always the same: nvcc writes them into what it makes.
     flags += ["--keep", f"--keep-dir={objects}"]
     include = torch() / "include"
+    flags += ["-Xcompiler", f"-fmacro-prefix-map={include}=torch/include"]  # where errors arose
     flags += [f"-I{include}", f"-I{include / 'torch/csrc/api/include'}"]
     # A library that does not name libtorch finds none of its symbols: Python loads them privately.
     # By that name, with no path, it finds the libtorch that `import torch` has loaded.
-    link = ["-shared", "-cudart", "static", "-L", str(torch() / "lib")]
+    # No code of a GPU is linked, which would write down where libraries were looked for.
+    link = ["-shared", "-nodlink", "-cudart", "static", "-L", str(torch() / "lib")]
     link += ["-Xlinker", "--no-as-needed", "-ltorch", "-Xlinker", "-s"]  # and no symbol tables
     sources = [*sorted(CSRC.glob("*.cu")), CSRC / "bindings.cpp"]
     targets = [objects / f"{source.stem}.o" for source in sources]
@@ -170,6 +175,13 @@ class Build(build_ext):
         return outfile, copied
 
 
+class Info(egg_info):
+    def finalize_options(self) -> None:
+        # Here, since the setup.cfg of an sdist says that there is no tag.
+        self.tag_build = os.environ.get("GRASP_VERSION_TAG", self.tag_build)
+        super().finalize_options()
+
+
 class Wheel(bdist_wheel):
     def get_tag(self) -> tuple[str, str, str]:
         python, abi, platform = super().get_tag()
@@ -178,8 +190,24 @@ class Wheel(bdist_wheel):
         )
 
 
+def long_description() -> str:
+    """README for an index page, where a relative link leads nowhere."""
+
+    def absolute(found: re.Match) -> str:
+        text, to = found.groups()
+        if text is None:  # code
+            return found[0]
+        place = "raw" if text.startswith("!") else "blob"
+        file = "README.md" if to.startswith("#") else ""
+        return f"{text}({HOME}/{place}/main/{file}{to})"
+
+    links = r"```.*?```|(!?\[[^][]*\])\((?!https?:)([^)]+)\)"
+    return re.sub(links, absolute, Path("README.md").read_text(encoding="utf-8"), flags=re.S)
+
+
 setup(
+    long_description=long_description(),
+    long_description_content_type="text/markdown",
     ext_modules=extensions(),
-    cmdclass={"build_ext": Build, "bdist_wheel": Wheel},
-    options={"egg_info": {"tag_build": os.environ.get("GRASP_VERSION_TAG", "")}},
+    cmdclass={"build_ext": Build, "bdist_wheel": Wheel, "egg_info": Info},
 )

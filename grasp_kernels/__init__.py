@@ -15,3 +15,5 @@ __all__ = [
     "project_",
     "project_gradient",
 ]
+
+__version__ = "0.1.0"

@@ -21,7 +21,7 @@ NVCC = f"""#!/bin/sh
 for word; do
   shift
   case $word in
-    -gencode=*|-Xcompiler|-Xlinker|-cudart|static|--keep|--keep-dir=*) ;;
+    -gencode=*|-Xcompiler|-Xlinker|-cudart|static|-nodlink|--keep|--keep-dir=*) ;;
     -fPIC,*) set -- "$@" -fPIC ;;
     cu) set -- "$@" c++ ;;
     --no-as-needed) set -- "$@" -Wl,$word ;;
@@ -33,8 +33,9 @@ exec {COMPILER} "$@"
 """
 FILES = {
     "setup.py": (ROOT / "setup.py").read_text(),
-    "pyproject.toml": '[project]\nname = "small"\nversion = "1"\n'
+    "pyproject.toml": '[project]\nname = "small"\nversion = "1"\ndynamic = ["readme"]\n'
     '[tool.setuptools]\npackages = ["grasp_kernels"]\n',
+    "README.md": "Small.\n",
     "grasp_kernels/__init__.py": "",
     "csrc/one.cuh": "constexpr int ONE = 1;\n",
     "csrc/one.cu": '#include "one.cuh"\nint one() { return ONE; }\n',
@@ -47,6 +48,7 @@ WITHOUT = {  # what setup.py looks for, taken away
     "nvcc": "shutil.which = lambda name, **k: None if name == 'nvcc' else which(name, **k)",
     "ninja": "shutil.which = lambda name, **k: None if name == 'ninja' else which(name, **k)",
     "torch": "importlib.util.find_spec = lambda name: None",
+    "Linux": "import setuptools, sysconfig; sysconfig.get_config_vars(); sys.platform = 'other'",
     "setuptools": "import setuptools; setuptools.__version__ = '65.5.0'",
 }
 
@@ -69,7 +71,7 @@ def settings(tree: Path, **env: str) -> dict[str, str]:
 
 def build(tree: Path, *words: str, without: str | None = None, **env: str):
     hide = WITHOUT[without] if without else ""
-    code = "import importlib.util, runpy, shutil; which = shutil.which\n"
+    code = "import importlib.util, runpy, shutil, sys; which = shutil.which\n"
     code += f"{hide}\nrunpy.run_path('setup.py')"
     command = [sys.executable, "-c", code, *(words or ("build_ext", "--build-lib", "lib"))]
     done = subprocess.run(
@@ -181,6 +183,7 @@ def test_ctrl_c_leaves_no_process(tree):
         ("nvcc", "no nvcc: install the CUDA toolkit or set CUDA_HOME"),
         ("ninja", "no ninja: pip install ninja"),
         ("torch", "no torch >= 2.11 to import: install it and use --no-build-isolation"),
+        ("Linux", "no Linux: it is built for that alone"),
     ],
 )
 def test_what_is_lacking_is_said(tree, lacks, remedy):
@@ -215,3 +218,11 @@ def test_a_wheel_for_any_python(tree):
     assert "grasp_kernels/_native.so" in zipfile.ZipFile(wheel).namelist()
     status, said = build(tree, "bdist_wheel", "--dist-dir", "without", GRASP_CUDA="0")
     assert [f.name for f in (tree / "without").iterdir()] == ["small-1-py3-none-any.whl"]
+
+
+def test_the_version_says_which_cuda_it_is_for(tree):
+    """Of an sdist too, whose setup.cfg says that there is no tag."""
+    (tree / "setup.cfg").write_text("[egg_info]\ntag_build = \ntag_date = 0\n")
+    status, said = build(tree, "bdist_wheel", GRASP_CUDA="0", GRASP_VERSION_TAG="+cu130")
+    assert status == 0, said
+    assert [f.name for f in (tree / "dist").iterdir()] == ["small-1+cu130-py3-none-any.whl"]
