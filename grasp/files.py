@@ -70,6 +70,6 @@ def read_json(path: Path | str) -> Any:
         FileNotFoundError: there is no such file.
     """
     try:
-        return json.loads(Path(path).read_text())
+        return json.loads(Path(path).read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON ({error}); delete it or give another") from error

@@ -121,7 +121,7 @@ def _refusal(name: str, op: str, tensors: tuple[torch.Tensor, ...], forced: bool
             _warn_of_a_fault(reason)
         return reason
     if name == "triton" and not _has_triton():
-        return "triton is not installed; pip install triton"
+        return native.elsewhere("Triton") or "triton is not installed; pip install triton"
     if odd := [t for t in tensors if t.dtype == torch.float64]:
         return f"fp64 {list(odd[0].shape)} would lose precision in it"
     return module_of(op.rstrip("_"), name).refusal(*tensors)

@@ -1,6 +1,7 @@
 """The compiled CUDA library: built where a compiler is, loaded when it is first asked for."""
 
 import ctypes
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -16,6 +17,13 @@ for _name, (_schema, _) in OPERATORS.items():
     torch.library.define(f"grasp_native::{_name}", _schema)
 
 
+def elsewhere(what: str) -> str | None:
+    """That something is for Linux alone, where this is none."""
+    if sys.platform == "linux":
+        return None
+    return f"{what} is for Linux alone, and this is {sys.platform}"
+
+
 def built() -> bool:
     """Whether there is a library to load: where there is, `missing` names a fault."""
     return LIBRARY.exists()
@@ -28,6 +36,8 @@ def missing() -> str | None:
         return f"this torch is built for ROCm {torch.version.hip}, and the library for CUDA"
     if torch.version.cuda is None:
         return "this torch is built without CUDA; pytorch.org says how to install one with it"
+    if reason := elsewhere("the CUDA library"):
+        return reason
     if not built():
         return f"the library is not built: {BUILD}"
     try:

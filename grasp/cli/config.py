@@ -49,7 +49,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"no config at {path}")
     try:
-        options = yaml.safe_load(path.read_text()) or {}
+        options = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is no YAML ({error})") from error
     if not isinstance(options, dict):

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -84,18 +85,22 @@ def _accelerator() -> Iterator[Finding]:
     if torch.cuda.is_available() or not driver():
         return
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+    linux = sys.platform == "linux"
     if torch.version.cuda is None and torch.version.hip is None:
         yield Finding(
             "There is an NVIDIA driver, but this torch is built for processors alone.",
-            "Install torch with CUDA: pytorch.org gives the line for your driver; on Linux this is "
-            "it as a rule. torch is never replaced by --fix.",
-            "pip install --force-reinstall torch",
+            "Install torch with CUDA: pytorch.org gives the line for your driver"
+            + ("; on Linux this is it as a rule" if linux else "")
+            + ". torch is never replaced by --fix.",
+            "pip install --force-reinstall torch" if linux else None,
         )
     elif hidden is not None and hidden.strip() in ("", "-1"):
         yield Finding(
             f"CUDA_VISIBLE_DEVICES={hidden!r} hides the GPU.",
             "Take it out of the environment.",
-            "unset CUDA_VISIBLE_DEVICES",
+            "set CUDA_VISIBLE_DEVICES="
+            if sys.platform == "win32"
+            else "unset CUDA_VISIBLE_DEVICES",
         )
     elif torch.version.cuda is not None:
         yield Finding(
@@ -122,6 +127,14 @@ def _kernels() -> Iterator[Finding]:
             "Plain PyTorch runs in their place: right, and slower. There is nothing to do.",
             note=True,
         )
+        return
+    if reason := native.elsewhere("Triton"):
+        if find_spec("triton") is None:  # others build it for Windows
+            yield Finding(
+                f"Plain PyTorch runs in place of kernels: {reason}.",
+                "It is right, and slower. There is nothing to do.",
+                note=True,
+            )
         return
     if installed("triton") is None:
         command = _install("triton")
@@ -172,7 +185,8 @@ def _kept() -> Iterator[Finding]:
             lambda: _remove(there.unused),
         )
     if not (there.damaged or there.unused):
-        all_of_it = f"rm -r {there.path}"
+        remove = "rmdir /s" if sys.platform == "win32" else "rm -r"
+        all_of_it = f"{remove} {there.path}"
         yield Finding(f"{where}.", "It may be removed at any time.", all_of_it, note=True)
 
 
@@ -226,8 +240,8 @@ def _room(found: ModelMap | None) -> Iterator[Finding]:
 
 def free_memory() -> tuple[int, str]:
     """Bytes that are free where a model would lie, and where that is."""
-    if device_of().type == "cuda":
-        return torch.cuda.mem_get_info()[0], "the GPU's memory"
+    if (kind := device_of().type) in ("cuda", "xpu"):
+        return getattr(torch, kind).mem_get_info()[0], "the GPU's memory"
     import psutil  # accelerate's
 
     return psutil.virtual_memory().available, "memory"
@@ -262,7 +276,8 @@ def _install(requirement: str, upgrade: bool = False) -> list[str]:
 
 def _shown(command: list[str]) -> str:
     *words, requirement = command[2:]
-    return " ".join([*words, f"'{requirement}'"])
+    quote = '"' if sys.platform == "win32" else "'"  # cmd knows no other, and > writes a file there
+    return " ".join([*words, f"{quote}{requirement}{quote}"])
 
 
 def _run(command: list[str], **options) -> str:
