@@ -1,22 +1,28 @@
 # `make demo` runs the whole pipeline, `make test` the tests, `make docs` makes the documentation's site
 # in build/site, `make doors` runs the tests inside other tools (some 200 MB) and in an environment
-# without grasp (with a torch of its own); each sets up this machine by itself.
+# without grasp (with a torch of its own); each sets up this machine by itself. `make wheels` builds
+# what a release holds, `make check-wheels` checks it (CHECKS="names again" for some of it), `make hub`
+# lays the kernels out for the Kernel Hub.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= runs/demo
 DOORS := $(abspath $(VENV))/doors
+# TORCH=2.11.0 installs that torch, with the triton that it asks for, in place of the one in constraints.txt.
+TORCH ?=
+CONSTRAINTS := $(if $(TORCH),$(VENV)/constraints.txt,constraints.txt)
 TOOLS := axolotl llama_factory unsloth
 
 # DeepSpeed is installed without compiling, and tested on the CPU, whatever the machine has.
 export DS_BUILD_OPS := 0
 export DS_ACCELERATOR := cpu
 
-.PHONY: demo test docs doors lint clean
+.PHONY: demo test docs doors lint wheels check-wheels hub clean
 
 $(VENV)/.ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	sed -E '/^(torch|triton)==/d; $$ a torch==$(TORCH)' constraints.txt > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -59,5 +65,20 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Without what tests need, so that a container that builds wheels installs little.
+$(VENV)/.release: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[release]'
+	touch $@
+
+wheels: $(VENV)/.release
+	$(BIN)/python -m release.wheels
+
+check-wheels: $(VENV)/.release
+	$(BIN)/python -m release.check $(CHECKS)
+
+hub: $(VENV)/.release
+	$(BIN)/python -m release.hub
+
 clean:
-	rm -rf $(VENV) build *.egg-info runs
+	rm -rf $(VENV) build dist *.egg-info runs
