@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from release import files, installed, library, nvrtc
+from release import files, hub, installed, library, nvrtc
 from release.dist import Dist, Wrong, found_in
 from release.wheels import DIST, ROOT, run
 
@@ -25,6 +25,11 @@ def workflows(dist: Dist) -> str:
     found = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
     run(["actionlint", "-no-color", *found])
     return f"actionlint finds nothing in {', '.join(file.name for file in found)}"
+
+
+def kernel_hub(dist: Dist) -> str:
+    """The kernels load by the Kernel Hub's own package, beside ours."""
+    return f"{hub.loaded()} is loaded, and projects as grasp_kernels does"
 
 
 class Check:
@@ -61,6 +66,7 @@ CHECKS = {
     "needed": of_cuda(library.needed),
     "workflows": Check(workflows, linted),
     "cuda-12": always(cuda_12),
+    "hub": always(kernel_hub),
     "again": always(files.again),
     "installed": always(installed.pure),
     "installed-cuda": of_cuda(installed.with_cuda),

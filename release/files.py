@@ -2,7 +2,6 @@
 
 import os
 import re
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -94,10 +93,8 @@ def sdist(dist: Dist) -> str:
     with tarfile.open(dist.sdist) as archive:
         files = [member.name.partition("/")[2] for member in archive if member.isfile()]
     held = {name for name in files if not re.fullmatch(MADE, name)}
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    if (known := building.tracked()) is None:
         return f"{len(held)} files; this is no git checkout to compare them with"
-    known = set(listed.stdout.split("\0")) - {""}
     if known != held:
         raise Wrong(
             f"the sdist lacks {sorted(known - held)} and holds {sorted(held - known)} besides: "

@@ -10,10 +10,12 @@ import hashlib
 import json
 import re
 import shutil
+import sys
 from base64 import b64encode
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from release.wheels import DIST, ROOT
+from release.wheels import DIST, ROOT, run
 
 PACKAGE = ROOT / "grasp_kernels"
 VERSION = 0  # of the kernel's interface; 0 by convention before it is stable
@@ -33,6 +35,19 @@ from kernels import get_local_kernel
 gk = get_local_kernel("dist/hub")
 gk.project_(weights, basis)  # in place, without the component along the basis
 ```
+"""
+LOADED = """
+import sys
+from pathlib import Path
+import torch
+from kernels import get_local_kernel
+import grasp_kernels as gk
+
+theirs = get_local_kernel(Path(sys.argv[1]))
+T, U = torch.randn(5, 8), torch.eye(8)[:, :2]
+project = torch.compile(theirs.project, backend="eager")
+assert theirs is not gk and torch.equal(project(T, U), gk.project(T, U))
+print(theirs.__name__)
 """
 
 
@@ -76,6 +91,14 @@ def metadata(variant: Path, name: str) -> dict:
         "backend": {"type": "cpu"},  # the least that it runs on: a universal one has none
         "digest": {"algorithm": "sha256", "files": digests},
     }
+
+
+def loaded() -> str:
+    """The name of a kernel that is laid out, loaded and run beside the package."""
+    with TemporaryDirectory() as folder:
+        laid_out(Path(folder))
+        said = run([sys.executable, "-c", LOADED, folder], cwd=ROOT, env={"HF_HUB_OFFLINE": "1"})
+    return said.split()[-1]
 
 
 def main() -> None:

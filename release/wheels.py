@@ -41,11 +41,25 @@ def epoch() -> int:
     """When all files in archives are from: the last commit, so that a second build is the same."""
     if given := os.environ.get("SOURCE_DATE_EPOCH"):
         return int(given)
-    command = ["git", "log", "-1", "--format=%ct"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode:
+    if (second := git("log", "-1", "--format=%ct")) is None:
         raise SystemExit("this is no git checkout: set SOURCE_DATE_EPOCH to the release's second")
-    return int(done.stdout)
+    return int(second)
+
+
+def git(*words: str) -> str | None:
+    """What git says of the checkout, whoever owns it; None where this is none."""
+    command = ["git", "-c", "safe.directory=*", *words]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
+    return None if done.returncode else done.stdout
+
+
+def tracked() -> set[str] | None:
+    """The checkout's files that git knows; None where this is none of its checkouts."""
+    names = set((git("ls-files", "-z") or "").split("\0")) - {""}
+    return names if "setup.py" in names else None  # an sdist may lie in somebody's checkout
 
 
 def nvcc() -> Path | None:
@@ -63,12 +77,21 @@ def cuda_tag(compiler: Path) -> str:
 def sdist(out: Path) -> Path:
     """The checkout, as an archive of the same bytes for the same files."""
     with tempfile.TemporaryDirectory() as folder:
-        # In a copy, since setuptools leaves what it made in the tree.
         tree = Path(folder, "tree")
-        leave = shutil.ignore_patterns(".git", ".venv", "dist", "build", "runs", "*.egg-info")
-        shutil.copytree(ROOT, tree, symlinks=True, ignore=leave)
+        copied(tree)
         made = build(tree, Path(folder, "made"), "--sdist")
         return repacked(made, out / made.name)
+
+
+def copied(tree: Path) -> None:
+    """The checkout's files, and nothing that was made or lies about."""
+    if (names := tracked()) is None:  # an sdist that was unpacked has no more than is in it
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(".venv*", "dist", "build"))
+        return
+    for name in names:
+        if (ROOT / name).exists():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, tree / name)
 
 
 def build(tree: Path, out: Path, kind: str, *options: str, **env: str) -> Path:

@@ -7,6 +7,7 @@ import gzip
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,11 +18,12 @@ import pytest
 import setuptools
 
 import grasp_kernels as gk
-from release import check, files, nvrtc, wheels
+from release import check, files, library, nvrtc, wheels
 from release.dist import Dist, Wrong, found_in
 
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
+COMPILER = shutil.which("c++") or shutil.which("g++")
 WHEEL = f"grasp_kernels-{gk.__version__}-py3-none-any.whl"
 WITH_CUDA = f"grasp_kernels-{gk.__version__}+cu130-py3-none-manylinux_2_34_x86_64.whl"
 SDIST = f"grasp_kernels-{gk.__version__}.tar.gz"
@@ -66,15 +68,14 @@ def test_metadata():
 
 def test_an_sdist_holds_what_git_does(tmp_path):
     """And so all that tests read."""
-    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:
+    if (known := wheels.tracked()) is None:
         pytest.skip("no git checkout to compare it with")
     command = [sys.executable, "setup.py", "--quiet", "egg_info", "--egg-base", str(tmp_path)]
     env = {**os.environ, "GRASP_CUDA": "0"}
     subprocess.run(command, cwd=ROOT, env=env, check=True, capture_output=True)
     (sources,) = tmp_path.glob("*/SOURCES.txt")
     held = {line for line in sources.read_text().splitlines() if "egg-info" not in line}
-    assert set(listed.stdout.splitlines()) <= held
+    assert known <= held
 
 
 def archive(path: Path, names: list[str], mode: int, mtime: int) -> Path:
@@ -187,7 +188,7 @@ def test_the_makefile_can_take_an_older_torch(tmp_path):
     assert f"-c {tmp_path}/v/constraints.txt" in said
 
 
-def test_cuda_12_compiles_every_kernel():
+def test_cuda_12_compiles_every_kernel(tmp_path):
     """For one architecture, where that takes no time; `make check-wheels` takes all."""
     try:
         compiler = nvrtc.Compiler()
@@ -195,3 +196,38 @@ def test_cuda_12_compiles_every_kernel():
         pytest.skip(str(error))
     sources = sorted((ROOT / "csrc").glob("*.cu"))
     assert sources and all(nvrtc.kernels(compiler(source, "80")) for source in sources)
+    (tmp_path / "bad.cu").write_text("__global__ void f() { wgmma(); }")
+    with pytest.raises(SystemExit, match="bad.cu does not compile for 80 by CUDA 12:(.|\n)*wgmma"):
+        list(nvrtc.compiled(tmp_path))
+    (tmp_path / "bad.cu").write_text("template <int N> __global__ void never_named() {}")
+    with pytest.raises(SystemExit, match="bad.cu has no kernel"):
+        list(nvrtc.compiled(tmp_path))
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no C++ compiler")
+@pytest.mark.parametrize(
+    ("needs", "text", "wrong"),
+    [
+        (["torch"], "", None),
+        ([], "", "does not name libtorch.so"),
+        (["torch", "cudart"], "", r"needs \['cudart'\]"),
+        (["torch"], "/home/us/site-packages/torch/include/a.h", "names folders of this machine"),
+    ],
+)
+def test_what_the_library_asks_for_is_seen(tmp_path, needs, text, wrong):
+    link = [COMPILER, "-shared", "-fPIC", "-x", "c++", "-o"]
+    (tmp_path / "none.cpp").touch()
+    (tmp_path / "one.cpp").write_text(f'extern "C" const char* said() {{ return "{text}"; }}')
+    for name in needs:
+        made = [*link, tmp_path / f"lib{name}.so", f"-Wl,-soname,lib{name}.so"]
+        subprocess.run([*made, tmp_path / "none.cpp"], check=True)
+    named = ["-Wl,--no-as-needed", "-L", tmp_path, *(f"-l{name}" for name in needs)]
+    subprocess.run([*link, tmp_path / "one.so", tmp_path / "one.cpp", *named], check=True)
+    with zipfile.ZipFile(tmp_path / WITH_CUDA, "w") as wheel:
+        wheel.write(tmp_path / "one.so", library.MEMBER)
+    dist = Dist(tmp_path / SDIST, tmp_path / WHEEL, tmp_path / WITH_CUDA)
+    if wrong is None:
+        assert "libtorch.so" in library.needed(dist)
+    else:
+        with pytest.raises(Wrong, match=wrong):
+            library.needed(dist)
