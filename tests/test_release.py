@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import setuptools
+from packaging.requirements import Requirement
 
 import grasp_kernels as gk
 from release import check, files, library, nvrtc, wheels
@@ -186,6 +187,14 @@ def test_the_makefile_can_take_an_older_torch(tmp_path):
     assert [p for p in pins if re.match("(torch|triton)==", p)] == ["torch==2.11.0"]
     assert any(p.startswith("transformers==") for p in pins)
     assert f"-c {tmp_path}/v/constraints.txt" in said
+
+
+@pytest.mark.parametrize("python", re.findall(r"Python :: (3\.\d+)", PROJECT))
+def test_every_python_has_its_pins(python):
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [Requirement(line.partition("#")[0]) for line in lines if line.partition("#")[0].strip()]
+    here = [p.name for p in pins if not p.marker or p.marker.evaluate({"python_version": python})]
+    assert sorted(here) == sorted({p.name for p in pins})  # one each
 
 
 def test_cuda_12_compiles_every_kernel(tmp_path):
