@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from release import files, hub, installed, library, nvrtc
 from release.dist import Dist, Wrong, found_in
@@ -30,6 +31,14 @@ def workflows(dist: Dist) -> str:
 def kernel_hub(dist: Dist) -> str:
     """The kernels load by the Kernel Hub's own package, beside ours."""
     return f"{hub.loaded()} is loaded, and projects as grasp_kernels does"
+
+
+def documentation(dist: Dist) -> str:
+    """The site is made without a warning: every link and anchor leads somewhere."""
+    with TemporaryDirectory(prefix="site-") as site:
+        words = ["mkdocs", "build", "--strict", "--quiet", "--site-dir", site]
+        run([sys.executable, "-m", *words], cwd=ROOT, env={"NO_MKDOCS_2_WARNING": "1"})
+        return f"{len(list(Path(site).rglob('*.html')))} pages, no warning"
 
 
 class Check:
@@ -65,6 +74,7 @@ CHECKS = {
     "abi": of_cuda(library.abi),
     "needed": of_cuda(library.needed),
     "workflows": Check(workflows, linted),
+    "documentation": always(documentation),
     "cuda-12": always(cuda_12),
     "hub": always(kernel_hub),
     "again": always(files.again),
