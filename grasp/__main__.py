@@ -39,7 +39,7 @@ def bare(words: list[str], lacks: list[str]) -> int:
         f"To get it: {GET}\nThe kernels (import grasp_kernels) need torch alone."
     )
     asked = not words or "--help" in words
-    print(said, file=sys.stdout if asked or words[0] == "doctor" else sys.stderr)
+    print(said, file=sys.stdout if asked else sys.stderr)
     return 0 if asked else 1
 
 
