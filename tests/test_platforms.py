@@ -117,6 +117,20 @@ def test_commands_that_cmd_understands(monkeypatch):
     assert checkup._shown(command) == 'pip install "peft>=0.18"'
 
 
+def test_a_newer_torch_on_windows(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    monkeypatch.setattr(sys, "platform", "win32")
+    (finding,) = [f for f in checkup._packages() if "newer than" in f.what]
+    assert finding.command == f'pip install "torch=={checkup.NEWEST_TRIED}.*"'
+
+
+@pytest.mark.parametrize("kind", ["cuda", "xpu"])
+def test_memory_is_the_accelerators(monkeypatch, kind):
+    monkeypatch.setattr(checkup, "device_of", lambda: torch.device(kind))
+    monkeypatch.setattr(getattr(torch, kind), "mem_get_info", lambda: (123, 456))
+    assert checkup.free_memory() == (123, "the GPU's memory")
+
+
 READS = """
 import warnings
 from pathlib import Path

@@ -76,7 +76,7 @@ def _packages() -> Iterator[Finding]:
         yield Finding(
             f"torch {torch.__version__} is newer than {NEWEST_TRIED}, the newest tried.",
             "The self-test says whether projections are right; where they are not, take an older.",
-            f"pip install 'torch=={NEWEST_TRIED}.*'",
+            _shown(_install(f"torch=={NEWEST_TRIED}.*")),
             note=True,
         )
 
