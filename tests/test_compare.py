@@ -149,11 +149,17 @@ def comparison(seed, low, method="grasp", **more):
     return {"method": method, "seed": seed, "measure": "unrelated", **found, **more}
 
 
+def shown(*interval):
+    """A mean and its interval as the page has them."""
+    mean, low, high = map(signed, interval)
+    return f'{mean} <span class="interval">{low} to {high}</span>'
+
+
 def test_page_says_which_differences_are_told_apart(tmp_path):
     paired = [comparison(0, 0.3), comparison(1, 0.4), comparison("all", -0.05)]
     text = drawn(tmp_path, runs=runs(), paired=paired)
-    assert "<b>−0.100 (−0.200 to −0.050)</b>" in text  # of all seeds alone
-    assert "to +0.400)" not in text and "GRASP less it" not in text
+    assert f"<b>{shown(-0.1, -0.2, -0.05)}</b>" in text  # of all seeds alone
+    assert "to +0.400<" not in text and "GRASP minus it" not in text
     (line,) = itemwise(paired, "unrelated")
     assert line.endswith(
         "+0.400 (+0.200 to +0.600) beyond good, guarded; less plain LoRA −0.100 (−0.200 to −0.050)"
@@ -163,8 +169,8 @@ def test_page_says_which_differences_are_told_apart(tmp_path):
     (line,) = itemwise([rival], "unrelated")
     assert line.endswith("; GRASP less it −0.300 (−0.400 to −0.200)")
     text = drawn(tmp_path, runs=runs(), paired=[rival | {"difference": [0.3, -0.1, 0.7]}])
-    assert "<b>−0.300 (−0.400 to −0.200)</b>" in text
-    assert "<td>+0.300 (−0.100 to +0.700)</td>" in text
+    assert f"<b>{shown(-0.3, -0.4, -0.2)}</b>" in text
+    assert f"<td>{shown(0.3, -0.1, 0.7)}</td>" in text
 
 
 def test_runs_on_good_answers_are_where_0_lies(tmp_path):

@@ -85,10 +85,13 @@ def sweep(
     return results
 
 
+NOTE = "In this small world medicine:q12 is a question on medicine, medicine:a18 an answer to one."
+
+
 def compared(runs: Sequence[dict]) -> dict:
     """What a report shows of runs: with their summary, comparisons item by item, and answers."""
     found: dict[str, list] = {"runs": list(runs), "summary": compare(runs)}
-    found |= {"paired": [], "samples": []}
+    found |= {"paired": [], "samples": [], "note": NOTE}
     for task in dict.fromkeys(r["task"] for r in runs):
         mine = [r for r in runs if r["task"] == task]
         found["paired"] += paired([r for r in mine if "items" in r])

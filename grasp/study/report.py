@@ -12,7 +12,7 @@ from markupsafe import Markup, escape
 from grasp.files import write_text
 from grasp.study import figures
 from grasp.study.compare import compare
-from grasp.study.looks import MARKS, against, colour, control, mark, name, signed, span
+from grasp.study.looks import MARKS, against, colour, control, mark, name, signed
 from grasp.study.measures import MEASURES
 from grasp.study.paired import pooled
 from grasp.study.scoring import BESIDE
@@ -29,8 +29,8 @@ def report(content: Mapping[str, Any], path: Path | str, title: str | None = Non
         content: of a results.json: `runs` as `compare` takes them, of which `topics`, `modules`,
             `cost` and `seconds` are shown where they are given; and, where there are,
             `paired` (a study's comparisons item by item), `samples` (questions with each model's
-            answer), `about` (a study's settings), `unit` (in `verdict.UNITS`), and `command`,
-            `versions`, `when`.
+            answer), `about` (a study's settings), `unit` (in `verdict.UNITS`), `note` (how to
+            read answers), and `command`, `versions`, `when`.
         path: of the HTML file.
         title: else what was taught.
 
@@ -60,7 +60,7 @@ def report(content: Mapping[str, Any], path: Path | str, title: str | None = Non
         "colour": colour,
         "mark": lambda method: MARKS[mark(method)],
         "against": against,
-        "span": span,
+        "spanned": _spanned,
         "signed": signed,
         "coded": _coded,
         "told": lambda interval=None: _told(interval or None),
@@ -73,6 +73,7 @@ def report(content: Mapping[str, Any], path: Path | str, title: str | None = Non
         command=content.get("command", ""),
         made=_made(content),
         times=_times(runs),
+        note=content.get("note", ""),
     )
     return write_text(path, page)
 
@@ -133,7 +134,13 @@ def _told(interval: Sequence[float] | None) -> Markup:
     if not interval:
         return Markup("")
     told = interval[1] > 0 or interval[2] < 0
-    return Markup("<b>{}</b>" if told else "{}").format(span(interval))
+    return Markup("<b>{}</b>" if told else "{}").format(_spanned(interval))
+
+
+def _spanned(interval: Sequence[float]) -> Markup:
+    """A mean, its interval below it."""
+    mean, low, high = map(signed, interval)
+    return Markup('{} <span class="interval">{} to {}</span>').format(mean, low, high)
 
 
 def _times(runs: Sequence[dict]) -> list[dict[str, str]]:
