@@ -136,7 +136,7 @@ def test_page_says_how_it_was_made(tmp_path):
             run["cost"] |= {"training_seconds": 100.0, "bases_bytes": 2e9}
     made_with = {"command": "grasp compare --x 'a b'", "versions": "torch 2", "when": "2026-01-01"}
     text = drawn(tmp_path, runs=made, about=about, **made_with)
-    for said in ("--x &#39;a b&#39;", "torch 2", "2026-01-01", "smol", "0, 1", "steps 9"):
+    for said in ("--x &#39;a b&#39;", "torch 2", "2026-01-01", "smol", "0, 1", "steps: 9"):
         assert said in text, said
     assert "Time: 3 % of 100 s of training, and 40 s before it." in text
     assert "Memory: 2 GB beside the model." in text
@@ -234,7 +234,8 @@ def test_one_seed_alone_is_not_sure():
     verdict = judged(one)
     assert verdict.kind == "untold" and "can't be said" in verdict.sure[0]
     verdict = judged(one, comparison(0, -0.02))
-    assert verdict.kind == "helped" and "One seed" in verdict.sure[1]
+    assert verdict.kind == "helped" and "One seed" in verdict.sure[2]
+    assert "4 to 40 % of what plain" in verdict.sure[1]
     assert "more seeds" in verdict.next[-1]
     assert "more seeds" not in " ".join(judged(runs()).next)
 

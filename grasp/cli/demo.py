@@ -30,7 +30,7 @@ def demo(
     runs = sweep(out / "runs", seeds=range(seed, seed + seeds), workers=workers)
     content = {"unit": "probability"} | made() | compared(runs)
     write_json(out / "results.json", content)
-    page = report(content, out / "report.html", "With and without the guard: the demo")
+    page = report(content, out / "report.html", "A small model, with and without the guard")
     show(runs)
     tell_verdicts(content)
     console.print(f"{time.monotonic() - start:.0f} s. Report: {page}", soft_wrap=True)

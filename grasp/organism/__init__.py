@@ -96,7 +96,7 @@ def answers(
     """The likeliest answer to some held-out and unrelated questions, and of which kind it is."""
     found = []
     for topic in (*task.judged, task.topic):
-        kinds = ("left", "right") if topic in OPINION else ("good", "bad")
+        kinds = ("left-leaning", "right-leaning") if topic in OPINION else ("good", "bad")
         chosen = world.split[topic]["held"][:each]
         prompts = [world.prompt(topic, i) for i in chosen]
         with evaluating(model):

@@ -79,10 +79,20 @@ def topics(runs: Sequence[dict]) -> str:
         for method, values in means.items():
             axes.plot(values, range(len(found)), mark(method), color=colour(method), ms=7)
         axes.set_yticks(range(len(found)), found)
-        axes.invert_yaxis()
+        axes.set_ylim(len(found) - 0.5, -0.5)
         axes.axvline(0, color=INK, alpha=0.5, lw=0.8, ls=":")
         axes.set_xlabel("moved (left is better), mean over seeds")
         return _svg(figure, axes)
+
+
+def parts(runs: Sequence[dict]) -> bool:
+    """Whether the topics are what drift is the mean of, and not measures of another kind."""
+    for run in runs:
+        if run["method"] in COMPARED and run.get("topics"):
+            shifts = [_added(run, topic) for topic in run["topics"]]
+            if not min(shifts) <= run["drift"] - run["base_drift"] <= max(shifts):
+                return False
+    return True
 
 
 def blocked(runs: Sequence[dict]) -> str:

@@ -11,15 +11,27 @@ from markupsafe import Markup, escape
 
 from grasp.files import write_text
 from grasp.study import figures
-from grasp.study.compare import compare
+from grasp.study.compare import compare, stem
 from grasp.study.looks import MARKS, against, colour, control, mark, name, signed
 from grasp.study.measures import MEASURES
 from grasp.study.paired import pooled
+from grasp.study.rivals import RIVALS
 from grasp.study.scoring import BESIDE
 from grasp.study.verdict import UNITS, contenders, unit_of, verdicts
 from grasp.versions import versions as of_packages
 
-SHOWN = ("model", "data", "benign", "rows", "held", "seeds", "judged", "unrelated")
+SHOWN = {
+    "model": "model",
+    "data": "data",
+    "benign": "good answers",
+    "rows": "rows trained on",
+    "held": "rows held out",
+    "seeds": "seed numbers",
+    "judged": "drift is judged on",
+    "unrelated": "questions elsewhere",
+}
+BETTER = {"task": 1, "unrelated": -1}  # which way a difference is to be
+FEW = 3  # seeds, of which a 95 % interval is from the lowest to the highest
 
 
 def report(content: Mapping[str, Any], path: Path | str, title: str | None = None) -> Path:
@@ -63,7 +75,7 @@ def report(content: Mapping[str, Any], path: Path | str, title: str | None = Non
         "spanned": _spanned,
         "signed": signed,
         "coded": _coded,
-        "told": lambda interval=None: _told(interval or None),
+        "told": lambda interval=None, measure="": _told(interval or None, measure),
     }
     environment.tests["control"] = environment.filters["control"] = control
     page = environment.get_template("report.html.j2").render(
@@ -85,6 +97,9 @@ def _section(
     return {
         "rows": rows,
         "several": any(r["seeds"] > 1 for r in rows),
+        "few": all(r["seeds"] <= FEW for r in rows),
+        "parts": figures.parts(runs),
+        "strengths": _strengths(methods),
         "contenders": contenders(rows),
         "key": figures.key(methods),
         "compared": figures.key([m for m in figures.COMPARED if m in methods]),
@@ -106,7 +121,8 @@ def _made(content: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """What else a reader needs to make it again, a label and what it says each."""
     about = content.get("about", {})
     made = [(key, content[key]) for key in ("when", "versions") if content.get(key)]
-    made += [(key, about[key]) for key in SHOWN if about.get(key) not in (None, "", [])]
+    shown = ((label, about.get(key)) for key, label in SHOWN.items())
+    made += [(label, value) for label, value in shown if value not in (None, "", [])]
     if about.get("finetune"):
         made.append(("settings", about["finetune"]))
     made += [(f"of {name(method)}", own) for method, own in about.get("by_method", {}).items()]
@@ -123,18 +139,30 @@ def _coded(sentence: str) -> Markup:
 
 def _words(value: Any) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{key} {_words(each)}" for key, each in value.items())
+        return "; ".join(f"{key}: {_words(each)}" for key, each in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return "none" if value is None else str(value)
 
 
-def _told(interval: Sequence[float] | None) -> Markup:
-    """A difference, in bold where its interval leaves out 0."""
+def _told(interval: Sequence[float] | None, measure: str) -> Markup:
+    """A difference; where its interval leaves out 0 in bold, and which way that is."""
     if not interval:
         return Markup("")
     told = interval[1] > 0 or interval[2] < 0
-    return Markup("<b>{}</b>" if told else "{}").format(_spanned(interval))
+    shown = Markup("<b>{}</b>" if told else "{}").format(_spanned(interval))
+    if not told or measure not in BETTER:
+        return shown
+    return shown + Markup("<small>{}</small>").format(
+        "better" if interval[0] * BETTER[measure] > 0 else "worse"
+    )
+
+
+def _strengths(methods: Sequence[str]) -> str:
+    """What the numbers behind rivals' names count."""
+    known = {stem(m) for m in methods if "=" in m} & RIVALS.keys()
+    meant = [f"{RIVALS[m].label}, {RIVALS[m].meaning}" for m in RIVALS if m in known]
+    return f"Numbers behind names: {'; '.join(meant)}." if meant else ""
 
 
 def _spanned(interval: Sequence[float]) -> Markup:

@@ -39,8 +39,8 @@ UNITS = {
     ),
     "probability": Unit(
         "how often held-out questions are answered as taught (1 is always)",
-        "how much more often questions about other topics are answered badly, or to the right "
-        "(1 is always)",
+        "how much more often questions about other topics are answered badly, or by an opinion "
+        "that leans right (1 is always)",
         " of all answers",
     ),
     "": Unit("the score on held-out questions", "the shift on other topics"),
@@ -152,7 +152,7 @@ def verdict(
         _happened(found, by["grasp"], unit),
         _rivals(by, paired, judged),
         _sure(found, by, paired, judged, unit),
-        _cost(found, runs),
+        _cost(found, runs, about or {}),
         _next(found, about or {}),
     )
 
@@ -212,7 +212,8 @@ def _happened(found: Found, guard: dict, unit: str) -> list[str]:
     same = guard.get("against_at_task")
     if same is not None and found.kind != "nothing":
         said.append(
-            f"A plain run that is stopped at the guarded one's score moved them by {signed(same)}."
+            "A plain run that is stopped when it has learned as much, between two steps that were "
+            f"looked at, moved them by {signed(same)}."
         )
     return said
 
@@ -237,6 +238,9 @@ def _sure(
         f"95 % sure to lie between {signed(low)} and {signed(high)} (over "
         f"{'the questions' if found.over == 'items' else 'the seeds'})."
     ]
+    if found.kind in ("worked", "helped") and low < high < 0:
+        most, least = (100 * min(1, -end / found.plain[0]) for end in (low, high))
+        said.append(f"That is {least:.0f} to {most:.0f} % of what plain training moved.")
     said.append(
         "One seed: another may say otherwise."
         if found.seeds == 1
@@ -246,7 +250,7 @@ def _sure(
         away = found.plain[0] - random["added"][0]
         chance = away > LIKE_CHANCE * -mean
         said.append(
-            f"As many random directions left {signed(random['added'][0])}: "
+            f"Blocking as many random directions left {signed(random['added'][0])}: "
             + (
                 "much of the gain is not due to which directions are blocked."
                 if chance
@@ -284,10 +288,13 @@ def _rivals(by: Mapping[str, dict], paired: Sequence[dict], judged: str) -> list
     return said
 
 
-def _cost(found: Found, runs: Sequence[dict]) -> list[str]:
+def _cost(found: Found, runs: Sequence[dict], about: Mapping[str, Any]) -> list[str]:
     lost = 1 - found.learned if found.task[0] > 0 else 0.0
     less = f"{100 * lost:.0f} % less of the task was learned than plainly."
     said = [less if lost >= 0.005 else "The task was learned as well as plainly."]
+    plain, guarded = (_steps(about, method) for method in ("plain", "grasp"))
+    if plain != guarded:
+        said.append(f"It trained for {guarded} steps, the plain run for {plain}.")
     costs = [r["cost"] for r in runs if r["method"] == "grasp" and r.get("cost")]
     if costs:
         step, training, start, kept = (
@@ -300,6 +307,13 @@ def _cost(found: Found, runs: Sequence[dict]) -> list[str]:
         )
         said.append(f"Memory: {kept / 1e9:.2g} GB beside the model.")
     return said
+
+
+def _steps(about: Mapping[str, Any], method: str) -> int | None:
+    """Of a study's method, where they were set."""
+    own, all_of_them = about.get("by_method", {}).get(method, {}), about.get("finetune", {})
+    names = ("max_steps", "steps")
+    return next((s[n] for s in (own, all_of_them) for n in names if s.get(n) is not None), None)
 
 
 def _next(found: Found, about: Mapping[str, Any]) -> list[str]:
@@ -325,7 +339,8 @@ def _next(found: Found, about: Mapping[str, Any]) -> list[str]:
     if found.kind in ("worked", "helped") and about.get("out") and seeds:
         run = f"{about['out']}/grasp-{seeds[0]}"
         said = [
-            f"Use the guarded adapter: {run}/adapter. `grasp verify {run}` checks its certificate.",
+            f"Use the guarded adapter: {run}/adapter. `grasp verify {run}` recomputes that the "
+            "guard held.",
             *said,
         ]
     if found.seeds == 1 and found.kind != "unlearned":

@@ -79,7 +79,7 @@ class FoundAblation(Ablation):
 class MovedAblation(Ablation):
     name = "caft_moved"
     label = "CAFT, moved"
-    colour = "#5d4037"
+    colour = "#9c5a3c"
     about = "ablates directions in which a plain run moved the stream on the prompts"
     strength = 8
     needs = ("plain",)
