@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
@@ -22,6 +23,7 @@ from grasp.guard.trainer import STATE, GraspCallback
 from grasp.model.noise import saved_unasked
 from grasp.progress import Stage, speaking, tell
 
+PADS = {"labels": data.IGNORED}  # all else is padded by 0
 TOKENS = 1024  # of the rows that a processor takes at a time: with more it is no faster
 
 
@@ -137,17 +139,31 @@ class _InPieces(Trainer):
 def pieces(batch: Mapping[str, Tensor], tokens: int) -> Iterator[dict[str, Tensor]]:
     """The rows of a right-padded batch, by length, in pieces of at most `tokens`, or of one row.
 
+    A piece is as wide as its longest row, or up to an eighth wider: for each shape that comes up
+    PyTorch keeps what it prepared for it, which adds up where lengths are all different.
+
     Args:
         batch: `input_ids`, `attention_mask` and `labels`, `[rows, longest]`.
     """
-    lengths = batch["attention_mask"].sum(1)
-    order = lengths.argsort(stable=True).tolist()
+    lengths = batch["attention_mask"].sum(1).tolist()
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
     while order:
         taken = 1
-        while taken < len(order) and (taken + 1) * lengths[order[taken]] <= tokens:
+        while taken < len(order) and (taken + 1) * _width(lengths[order[taken]]) <= tokens:
             taken += 1
         rows, order = order[:taken], order[taken:]
-        yield {name: of[rows, : lengths[rows[-1]]] for name, of in batch.items()}
+        longest = lengths[rows[-1]]
+        more = (0, _width(longest) - longest)
+        yield {
+            name: functional.pad(of[rows, :longest], more, value=PADS.get(name, 0))
+            for name, of in batch.items()
+        }
+
+
+def _width(longest: int) -> int:
+    """Of eight widths between a power of two and the next, the least that holds so many."""
+    step = 1 << max(0, longest.bit_length() - 4)
+    return -(-longest // step) * step
 
 
 class _AfterStep(TrainerCallback):
