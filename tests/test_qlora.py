@@ -30,16 +30,22 @@ def installed():
     pytest.importorskip("bitsandbytes")
 
 
-def shares(adapter: Path) -> list[float]:
-    """‖Uᵀ ΔW‖ / ‖ΔW‖ and ‖ΔW V‖ / ‖ΔW‖ of each LoRA, from the files that the run left."""
+def shares(adapter: Path, guard: Path | None = None) -> list[float]:
+    """‖Uᵀ ΔW‖ / ‖ΔW‖ and ‖ΔW V‖ / ‖ΔW‖ of each LoRA, from the files that the run left.
+
+    Args:
+        guard: of the bases; None takes `grasp finetune`'s.
+    """
     tensors = load_file(adapter / "adapter_model.safetensors")
-    bases = {
-        k.removeprefix("basis."): U
-        for k, U in load_file(adapter.parent / "guard.safetensors").items()
-    }
-    with safe_open(adapter.parent / "guard_inputs.safetensors", framework="pt") as file:
-        for name, owner in json.loads(file.metadata()["grasp_inputs"])["same"].items():
+    guard = guard or adapter.parent / "guard.safetensors"
+    bases = {k.removeprefix("basis."): U for k, U in load_file(guard).items()}
+    with safe_open(guard.with_name(f"{guard.stem}_inputs.safetensors"), framework="pt") as file:
+        about = json.loads(file.metadata()["grasp_inputs"])
+        for name, owner in about["same"].items():
             bases[name] = file.get_tensor(owner)
+            if name in about["inside"]:  # where less is left than is blocked, that is kept
+                Q = torch.linalg.qr(bases[name].double(), mode="complete").Q
+                bases[name] = Q[:, bases[name].shape[1] :]
     found = []
     for key, A in tensors.items():
         if "lora_A" in key:
