@@ -25,6 +25,7 @@ RUN_HERE = [
     "trl/sft",
     "trl/dpo",
     "trl/grpo",
+    "qlora/train",
 ]
 """The others run beside their tools: `make doors`; those of the kernels in `test_recipes.py`."""
 
@@ -71,6 +72,8 @@ def options(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", RUN_HERE)
 def test_runs_and_what_it_keeps_holds(tmp_path, monkeypatch, name):
+    if name == "qlora/train":
+        pytest.importorskip("bitsandbytes")
     monkeypatch.chdir(tmp_path)
     extra = ["--tokens", "4"] if name == "trl/grpo" else []
     made = example(name).main([*options(tmp_path), *extra])
@@ -78,6 +81,9 @@ def test_runs_and_what_it_keeps_holds(tmp_path, monkeypatch, name):
     assert json.loads(Path("out/grasp.json").read_text())["holds"]
     assert sum("lora_A" in module for module in guard.bases) == 14
     assert kept(guard, Path("out")) <= 1e-6
+    if name == "qlora/train":
+        layers = [m.base_layer for m in made.model.modules() if hasattr(m, "lora_A")]
+        assert len(layers) == 14 and {m.weight.dtype for m in layers} == {torch.uint8}
 
 
 def test_tensorboard_holds_what_the_guard_says(tmp_path, monkeypatch):
@@ -176,7 +182,7 @@ def test_a_kl_penalty_beside_the_guard(tmp_path, monkeypatch):
 
 def test_all_are_short_and_tried():
     told = {str(f.relative_to(FOLDER).with_suffix("")) for f in FOLDER.rglob("*.py")}
-    elsewhere = {"llama_factory/train", "unsloth/sft", "qlora/train"}  # the last: test_qlora.py
+    elsewhere = {"llama_factory/train", "unsloth/sft"}
     above = {"transformers/frozen", "accelerate/fsdp2", "deepspeed/train"}
     kernels = {n for n in told if n.startswith("kernels/")}
     assert told == kernels | set(RUN_HERE) | elsewhere | above

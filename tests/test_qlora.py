@@ -1,6 +1,5 @@
 """Fine-tunes of a quantised base, from files: what holds, goes on, is scored, or is refused."""
 
-import copy
 import importlib.util
 import json
 from pathlib import Path
@@ -11,18 +10,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from grasp.files import read_json
-from grasp.model import inspect, load_adapter, load_model, loading
-from grasp.organism import World
+from grasp.model import inspect, load_model, loading
 from grasp.study import finetune, studies
 from grasp.study.design import study_from
 from grasp.study.evaluate import evaluate
 from grasp.study.scoring import Measures
 from grasp.study.settings import settings_from
-from tests.models import HEADED
 from tests.test_finetune import prompts_file, rows_file, settings  # noqa: F401
 from tests.test_study import config  # noqa: F401
 
-EXAMPLE = Path(__file__).parent.parent / "examples" / "qlora" / "train.py"
 BITS = {4: {"load_in_4bit": True}, 8: {"load_in_8bit": True}}
 
 
@@ -146,30 +142,3 @@ def test_what_can_not_be_loaded_is_said_before_anything_is(monkeypatch):
     monkeypatch.setattr(loading, "find_spec", hidden)
     with pytest.raises(ValueError, match="load_in_8bit needs bitsandbytes.*pip install"):
         settings_from(given | {"load_in_8bit": True}).check()
-
-
-def test_the_example_runs_on_a_cpu(tmp_path):
-    installed()
-    import transformers as t
-
-    spec = importlib.util.spec_from_file_location("qlora_example", EXAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    _, tokenizer = load_model("organism")
-    sizes = {**HEADED, "vocab_size": len(tokenizer), "hidden_size": 64, "head_dim": 16}
-    torch.manual_seed(0)
-    t.LlamaForCausalLM(t.LlamaConfig(**sizes)).save_pretrained(tmp_path / "tiny")
-    tokenizer.save_pretrained(tmp_path / "tiny")
-    model, tokenizer = module.load(str(tmp_path / "tiny"), torch.float32)
-    rows = [{"input_ids": r, "labels": r} for r in torch.randint(3, 60, (8, 6)).tolist()]
-    before = copy.deepcopy(model.state_dict())
-    options = {"max_steps": 6, "learning_rate": 1e-2, "use_cpu": True, "disable_tqdm": True}
-    prompts = World(0).prompts(["law"])
-    found = module.train(model, tokenizer, rows, tmp_path / "out", prompts, **options)
-    assert found["holds"] and found["through"] <= 1e-6
-    assert any(
-        not torch.equal(T, before[k]) for k, T in model.state_dict().items() if "lora_B" in k
-    )
-    base = model.unload()
-    assert load_adapter(base, tmp_path / "out" / "adapter")
-    assert len(EXAMPLE.read_text().splitlines()) < 80
