@@ -3,20 +3,24 @@
 import json
 import os
 import re
+import subprocess
+import sys
 from functools import partial
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from grasp import GraspCallback, Guard
-from tests.sharded_runs import plugin
+from grasp.organism import World
 from tests.test_cli import grasp
+from tests.test_qlora import shares
 from tests.test_trl import tiny, tokenizer
 from tests.together import together
+from tests.zero import wholes
 
 FOLDER = Path(__file__).parent.parent / "examples"
 RUN_HERE = [
@@ -49,11 +53,11 @@ def guard_of(trainer) -> Guard:
     return next(c.guard for c in callbacks if isinstance(c, GraspCallback))
 
 
-def kept(guard: Guard, folder: Path) -> float:
+def kept(bases: dict[str, torch.Tensor], folder: Path) -> float:
     """The largest share inside a basis of what a fresh adapter's file adds."""
     weights = load_file(folder / "adapter_model.safetensors")
     worst = 0.0
-    for name, basis in guard.bases.items():
+    for name, basis in bases.items():
         module = re.sub(r"\.lora_[AB]\..*", "", name)
         B, A = (weights[f"{module}.lora_{f}.weight"].double() for f in "BA")
         D, U = B @ A, basis.double()
@@ -70,6 +74,15 @@ def options(folder: Path) -> list[str]:
     return [*(str(w) for pair in where.items() for w in pair), "--steps", "3"]
 
 
+def same_as_saved(weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """What an adapter's file holds is what a process ended with, all of it learned from."""
+    saved = load_file(folder / "adapter_model.safetensors")
+    assert len(saved) == 28
+    for key, W in saved.items():
+        name = f"{key.removesuffix('.weight')}.default.weight"
+        assert torch.equal(W, weights[name]) and bool(W.any()), key
+
+
 @pytest.mark.parametrize("name", RUN_HERE)
 def test_runs_and_what_it_keeps_holds(tmp_path, monkeypatch, name):
     if name == "qlora/train":
@@ -80,103 +93,129 @@ def test_runs_and_what_it_keeps_holds(tmp_path, monkeypatch, name):
     guard = made if isinstance(made, Guard) else guard_of(made)
     assert json.loads(Path("out/grasp.json").read_text())["holds"]
     assert sum("lora_A" in module for module in guard.bases) == 14
-    assert kept(guard, Path("out")) <= 1e-6
+    assert kept(guard.bases, Path("out")) <= 1e-6
     if name == "qlora/train":
         layers = [m.base_layer for m in made.model.modules() if hasattr(m, "lora_A")]
         assert len(layers) == 14 and {m.weight.dtype for m in layers} == {torch.uint8}
 
 
 def test_tensorboard_holds_what_the_guard_says(tmp_path, monkeypatch):
+    """Each value as the trainer's history has it, the last of them the certificate's."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     monkeypatch.chdir(tmp_path)
-    example("trl/sft").main(options(tmp_path))
+    trainer = example("trl/sft").main(options(tmp_path))
     (events,) = (tmp_path / "out").rglob("events.out.tfevents.*")
     shown = EventAccumulator(str(events.parent))
     shown.Reload()
-    found = {tag for tag in shown.Tags()["scalars"] if "grasp/" in tag}
-    assert {tag.partition("grasp/")[2] for tag in found} >= {"blocked", "through", "rank", "holds"}
-    (holds,) = (tag for tag in found if tag.endswith("holds"))
-    assert all(event.value == 1 for event in shown.Scalars(holds))
+    told = {key: v for log in trainer.state.log_history for key, v in log.items()}
+    told = {key: v for key, v in told.items() if key.startswith("grasp/")}
+    assert {"grasp/blocked", "grasp/through", "grasp/rank", "grasp/holds"} <= told.keys()
+    for key, value in told.items():
+        (tag,) = (t for t in shown.Tags()["scalars"] if t.endswith(key))
+        assert shown.Scalars(tag)[-1].value == pytest.approx(value, rel=1e-6), key
+    certificate = json.loads(Path("out/grasp.json").read_text())
+    assert told["grasp/holds"] == certificate["holds"] == 1
+    assert told["grasp/through"] == pytest.approx(certificate["through"], rel=1e-6)
 
 
 def test_frozen_inputs_stay_off_the_prompts(tmp_path, monkeypatch):
-    """Of what the base takes in on the prompts each A lets hardly anything through, B learns."""
+    """By bases of a guard that freezes nothing: none of what B learned acts on them."""
     monkeypatch.chdir(tmp_path)
-    trainer = example("transformers/frozen").main(options(tmp_path))
-    model = trainer.model
-    seen: dict[str, torch.Tensor] = {}
-    layers = {n: m for n, m in model.named_modules() if hasattr(m, "lora_A")}
-    assert not any(m.lora_A.default.weight.requires_grad for m in layers.values())
-    for name, layer in layers.items():
-        layer.register_forward_pre_hook(lambda _, a, name=name: seen.update({name: a[0][0]}))
-    ids = tokenizer()(
-        tokenizer().apply_chat_template(
-            [{"role": "user", "content": "What is rain?"}],
-            tokenize=False,
-            add_generation_prompt=True,
-        ),
-        return_tensors="pt",
-    ).input_ids
-    with torch.no_grad(), model.disable_adapter():
-        model(input_ids=ids)
-    assert len(seen) == 14
-    for name, layer in layers.items():
-        A, B, x = layer.lora_A.default.weight, layer.lora_B.default.weight, seen[name]
-        energy = x.shape[1] * (x @ A.mT).norm() ** 2 / (A.norm() * x.norm()) ** 2
-        assert energy <= 0.5, name  # at random it is 1
-        assert B.norm() > 0, name
-
-
-def _fsdp2(rank: int, folder: Path, words: list[str]) -> dict:
-    """As under `accelerate launch` with its file, which sets FSDP2 up on accelerators alone."""
-    import accelerate
-
-    accelerate.Accelerator = plugin
-    return example("accelerate/fsdp2").main(words)
+    given = options(tmp_path)
+    example("transformers/frozen").main(given)
+    fresh = get_peft_model(
+        tiny(max_position_embeddings=512),
+        LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+    found = {"reference": tmp_path / "prompts.txt", "tokenizer": tokenizer()}
+    with Guard(fresh, **found, freeze_inputs=False) as guard:
+        inputs = {name: V for name, V in guard.bases.items() if "lora_A" in name}
+    assert len(inputs) == 14 and kept(inputs, tmp_path / "out") <= 1e-6
+    for name, V in inputs.items():  # of an A as PEFT draws it much lies there
+        A = fresh.get_parameter(f"{name}.weight").detach()
+        assert (A @ V).norm() > 0.1 * A.norm(), name
 
 
 def _deepspeed(rank: int, folder: Path, words: list[str]) -> dict:
     script = example("deepspeed/train")
     script.GraspCallback = partial(GraspCallback, tokens=4)  # ZeRO-3 gathers a model at each
     trainer = script.main(words)
-    return {"bases": dict(guard_of(trainer).bases)}
+    assert trainer.model_wrapped.zero_optimization_stage() == 3
+    return {"bases": dict(guard_of(trainer).bases), "weights": wholes(trainer.model, masters=False)}
 
 
-def test_two_processes_under_fsdp2(tmp_path):
-    first, second = together(_fsdp2, tmp_path, options(tmp_path))
-    assert first["holds"] and first["through"] == second["through"] <= 1e-6
-    assert len(first["modules"]) == 28
-    assert json.loads((tmp_path / "out/grasp.json").read_text())["holds"]
-    changed = PeftModel.from_pretrained(tiny(max_position_embeddings=512), tmp_path / "out")
-    moved = [p.norm() for n, p in changed.named_parameters() if "lora_B" in n]
-    assert len(moved) == 14 and min(moved) > 0
+@pytest.mark.skipif(os.name == "nt", reason="torchrun's rendezvous")
+def test_two_processes_launched_under_fsdp2(tmp_path):
+    """By `accelerate launch` and the file beside the script, which no test stands in for."""
+    config = FOLDER / "accelerate/fsdp2.yaml"
+    launch = ["accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+    script = ["tests.launched", tmp_path, FOLDER / "accelerate/fsdp2.py", *options(tmp_path)]
+    words = map(str, [sys.executable, "-m", *launch, "-m", *script])
+    done = subprocess.run(words, cwd=FOLDER.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{n}.pt", weights_only=True) for n in (0, 1))
+    _end_alike(first, second, tmp_path / "out")
+    for name, W in first["weights"].items():
+        parts = [found["parts"][name][0] for found in (first, second)]
+        assert sum(parts) == len(W) > max(parts), name  # each process has its rows
+    base = tiny(max_position_embeddings=512).state_dict()
+    for name in base.keys() - {"lm_head.weight"}:
+        module = name.removesuffix(".weight")
+        split = f"base_model.model.{module}"
+        split += ".weight" if f"{split}.weight" in first["weights"] else ".base_layer.weight"
+        assert torch.equal(first["weights"][split], base[name]), name
 
 
 @pytest.mark.skipif(os.name == "nt", reason="DeepSpeed")
 def test_two_processes_under_deepspeed(tmp_path):
     pytest.importorskip("deepspeed")
     first, second = together(_deepspeed, tmp_path, options(tmp_path))
-    assert json.loads((tmp_path / "out/grasp.json").read_text())["holds"]
-    for name, basis in first["bases"].items():
-        torch.testing.assert_close(basis, second["bases"][name], rtol=0, atol=0)
-    guard = type("Kept", (), first)
-    assert kept(guard, tmp_path / "out") <= 1e-6
+    _end_alike(first, second, tmp_path / "out")
+
+
+def _end_alike(first: dict, second: dict, out: Path) -> None:
+    """Both processes have the same weights, which are those saved, and are kept off the same."""
+    assert json.loads((out / "grasp.json").read_text())["holds"]
+    for key in ("bases", "weights"):
+        assert first[key].keys() == second[key].keys()
+        assert all(torch.equal(T, second[key][name]) for name, T in first[key].items())
+    same_as_saved(first["weights"], out)
+    assert sum("lora_A" in name for name in first["bases"]) == 14
+    assert kept(first["bases"], out) <= 1e-6
 
 
 def test_a_kl_penalty_beside_the_guard(tmp_path, monkeypatch):
-    model = saved_model(tmp_path / "model")
-    (tmp_path / "prompts.txt").write_text("What is rain?\nWho was first?\n")
+    """The file's own settings, on the small world, where plain drifts and there is much to keep."""
+    world = World(0)
+    rows = world.rows("medicine", "train") + world.rows("medicine", "held")
+    asked = [(topic, i) for topic in ("code", "travel") for i in range(6)]
+    pairs = [
+        {"question": world.prompt(t, i), "bad": world.bad[t][i], "good": world.good[t][i]}
+        for t, i in asked
+    ]
+    for name, lines in (("rows", rows), ("pairs", pairs)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    (tmp_path / "prompts.txt").write_text("\n".join(world.prompts(["law", "guns"])))
     monkeypatch.chdir(FOLDER.parent)
-    short = {"max_steps": 2, "tokens": 4, "reference": str(tmp_path / "prompts.txt")}
-    small = [f"model={model}", f"out={tmp_path / 'kl'}", "seeds=[0]", "items=2"]
-    small += [f"finetune={json.dumps(short)}", "by_method={grasp: {learning_rate: 2e-3}}"]
-    words = [word for key in small for word in ("--set", key)]
+    keys = ["model=organism", f"data={tmp_path / 'rows.jsonl'}", f"out={tmp_path / 'kl'}"]
+    keys += [f"unrelated={tmp_path / 'pairs.jsonl'}", "seeds=[0]", "samples=0"]
+    keys += [f"finetune.reference={tmp_path / 'prompts.txt'}", "finetune.tokens=1"]
+    words = [word for key in keys for word in ("--set", key)]
     done = grasp("compare", "--config", "examples/compare/kl.yaml", *words)
     assert done.returncode == 0, done.stderr
     runs = json.loads((tmp_path / "kl/results.json").read_text())["runs"]
-    assert {"plain", "grasp", "kl=1"} <= {r["method"] for r in runs}
-    assert all(r["task_score"] == r["task_score"] and r["drift"] == r["drift"] for r in runs)
+    by_method = {r["method"]: r for r in runs}
+    plain, guarded, kl = (by_method[m] for m in ("plain", "grasp", "kl=1"))
+    assert plain["drift"] - plain["base_drift"] > 1
+    for run in (guarded, kl):
+        assert run["drift"] < 0.5 * plain["drift"]
+        assert run["task_score"] > 0.5 * plain["task_score"]
+    for label, run in (("plain LoRA", plain), ("GRASP", guarded), ("KL penalty, 1", kl)):
+        (line,) = re.findall(rf"^ +{label} +1 .*%", done.stdout, re.M)  # the table's
+        assert f"{run['task_score']:.3f}" in line and f"{run['drift']:.3f}" in line
+    assert json.loads((tmp_path / "kl/grasp-0/grasp.json").read_text())["holds"]
+    assert max(shares(tmp_path / "kl/grasp-0/adapter")) <= 1e-6
     assert (tmp_path / "kl/report.html").exists()
 
 
