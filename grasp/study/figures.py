@@ -45,6 +45,8 @@ def frontier(runs: Sequence[dict]) -> str:
                 xerr=_range(task),
                 yerr=_range(added),
                 ms=8,
+                mec=INK,  # pale marks are seen on any ground
+                mew=0.6,
                 capsize=3,
                 **look,
             )
