@@ -54,7 +54,7 @@ doors: $(TOOLS:%=$(DOORS)/%/.ready) $(DOORS)/stock/.ready
 	done
 
 $(VENV)/.docs: $(VENV)/.ready
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
 	touch $@
 
 docs: $(VENV)/.docs

@@ -7,8 +7,9 @@ import pytest
 
 from grasp import compare
 from grasp.study.compare import best
+from grasp.study.evaluate import interval
 from grasp.study.looks import COLOURS, name, signed
-from grasp.study.report import report
+from grasp.study.report import FEW, report
 from grasp.study.verdict import contenders, itemwise, verdicts
 
 
@@ -256,6 +257,26 @@ def test_a_rival_that_leaves_less_is_named():
     assert said.startswith("At less of the task")
     more = {**less, "drift": 10.0}
     assert not judged([*runs(), more], comparison("all", -0.05)).rivals
+
+
+def test_steps_that_differ_are_a_cost():
+    def cost(**about):
+        return " ".join(judged(runs(), about=about).cost)
+
+    longer = {"grasp": {"steps": 100}}
+    assert "It trained for 100 steps, the plain run for 80." in cost(
+        finetune={"steps": 80}, by_method=longer
+    )
+    assert "trained for" not in cost(finetune={"steps": 100}, by_method=longer)
+    assert "trained for" not in cost(finetune={"num_train_epochs": 1}, by_method=longer)
+
+
+@pytest.mark.parametrize("seeds", range(2, FEW + 2))
+def test_of_few_seeds_an_interval_is_their_range(seeds):
+    """By which the page calls it."""
+    values = [float(n) for n in range(seeds)]
+    whole = interval(values)[1:] == (values[0], values[-1])
+    assert whole == (seeds <= FEW)
 
 
 def test_the_guarded_adapter_is_where_the_page_says():

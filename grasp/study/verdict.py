@@ -293,7 +293,7 @@ def _cost(found: Found, runs: Sequence[dict], about: Mapping[str, Any]) -> list[
     less = f"{100 * lost:.0f} % less of the task was learned than plainly."
     said = [less if lost >= 0.005 else "The task was learned as well as plainly."]
     plain, guarded = (_steps(about, method) for method in ("plain", "grasp"))
-    if plain != guarded:
+    if plain and guarded and plain != guarded:
         said.append(f"It trained for {guarded} steps, the plain run for {plain}.")
     costs = [r["cost"] for r in runs if r["method"] == "grasp" and r.get("cost")]
     if costs:
